@@ -477,6 +477,42 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
     return make
 
 
+SAYS = "while read -r request; do printf 'RKEDGE-DEPLOY %s\\n' '{}'; done"
+
+
+@pytest.mark.parametrize("options", [[], ["--purge"], ["--bundle", "b-1"]])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"event": "done"}', '{"event": "done", "deployed": true, "parts": {"bundles": {"b-1": {}}}}',
+        '{"event": "done", "deployed": 1, "active": true, "left": ["x"]}',
+    ],
+)  # fmt: skip
+def test_a_board_that_only_says_that_all_is_removed(
+    answer: str, options: list[str], fake: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(SAYS.format(answer))
+    assert cli.main(["undeploy", "u@b", "--yes", *options]) == 8
+    out, err = capsys.readouterr()
+    assert "looking once more does not show it" in err
+    assert "Removed" not in out
+
+
+@pytest.mark.parametrize(
+    ("answer", "options"),
+    [
+        ('{"event": "done", "parts": {"bundles": {"b-2": {}}}}', ["--bundle", "b-1"]),
+        ('{"event": "done", "deployed": true, "left": ["/opt/rkedge has x, and stays"]}', []),
+    ],
+)
+def test_a_board_that_shows_that_it_is_removed(
+    answer: str, options: list[str], fake: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(SAYS.format(answer))
+    assert cli.main(["undeploy", "u@b", "--yes", *options]) == 0
+    assert "Removed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "script", ["exec sleep 1000", 'while :; do printf \'RKEDGE-DEPLOY {"event": "says"}\\n\'; sleep 0.1; done']
 )

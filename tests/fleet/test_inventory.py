@@ -46,6 +46,11 @@ def test_the_nearest_level_counts(tmp_path: Path) -> None:
     assert (desk.address, desk.key, hall.host, one.address) == ("10.0.0.11:8080", "KEY_DESK", "", "[::1]:81")
 
 
+def test_users_are_others_in_another_case(tmp_path: Path) -> None:
+    text = "groups: {a: {boards: {b: {ssh: root@a}, c: {ssh: ROOT@a}, d: {ssh: a}}}}"
+    assert [entry.destination for entry in read_inventory(put(tmp_path, text))] == ["root@a", "ROOT@a", "a"]
+
+
 def test_which_boards(tmp_path: Path) -> None:
     found = read_inventory(put(tmp_path, GOOD))
     names = [
@@ -72,6 +77,10 @@ WRONG = {
     'groups: {a: {boards: {"b/../c": {ssh: x}}}}': "not a name for a board",
     'groups: {"a\\n": {boards: {b: {ssh: x}}}}': "not a name for a group",
     "groups: {a: {boards: {b: {ssh: x}, c: {ssh: x}}}}": "two boards have the ssh x",
+    "groups: {a: {boards: {b: {ssh: root@a}, c: {ssh: root@A}}}}": "the ssh root@A, once as root@a",
+    "groups: {a: {boards: {b: {ssh: Desk.LAN}, c: {ssh: desk.lan}}}}": "the ssh desk.lan, once as Desk.LAN",
+    "groups: {a: {boards: {b: {ssh: 'ssh://root@A:22'}, c: {ssh: 'ssh://root@a:22'}}}}": "two boards have the ssh",
+    "groups: {a: {boards: {b: {ssh: x, url: 'http://H:1'}, c: {ssh: y, url: 'http://h:1'}}}}": "h:1, once as H:1",
     "groups: {a: {boards: {b: {ssh: x}}}, c: {boards: {b: {ssh: y}}}}": "two boards have the name b",
     "groups: {}": "names no board",
     "": "names no board",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from rkboard.commands.deploy import Terminal, board_argument, confirmed, yes_option
-from rkruntime.errors import UsageError
+from rkruntime.errors import ServiceError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import say
 
@@ -20,7 +20,7 @@ def run(destination: str, name: str | None, purge: bool, yes: bool) -> None:
 
     Conversations stay unless --purge is given, and so do files that were changed since.
     """
-    from rkboard.deploy.session import Session, list_of
+    from rkboard.deploy.session import Session, list_of, names_of
 
     if name is not None and purge:
         raise UsageError("--purge removes everything, and --bundle one bundle.", hint="Give one of them.")
@@ -36,8 +36,17 @@ def run(destination: str, name: str | None, purge: bool, yes: bool) -> None:
             session.call("settle")
             session.call("drop", name=name)
             left = []
+            bundles = names_of(session.call("look", places=[]), "parts").get("bundles")
+            gone = isinstance(bundles, dict) and name not in bundles
         else:
             left = [str(item) for item in list_of(session.call("undo", purge=purge), "left")]
+            look = session.call("look", places=[])
+            gone = look.get("active") is not True and (look.get("deployed") is False or bool(left))
     for item in left:
         say(f"left: {one_line(item)}", err=True)
+    if not gone:
+        raise ServiceError(
+            f"{destination} says that {one_line(what)} was removed, but looking once more does not show it.",
+            hint=f"rkedge status {destination}",
+        )
     say(f"Removed {what}.")

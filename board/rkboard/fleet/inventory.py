@@ -101,15 +101,23 @@ def read_inventory(path: Path) -> list[Entry]:
         raise fail("it names no board")
     if len(found) > MOST_BOARDS:
         raise fail(f"it names {len(found)} boards; it may name {MOST_BOARDS}")
-    for what, values in (
-        ("name", [one.name for one in found]),
-        ("ssh", [one.destination for one in found]),
-        ("url", [one.address for one in found if one.host]),
+    for what, values, same in (
+        ("name", [one.name for one in found], str),
+        ("ssh", [one.destination for one in found], _one_destination),
+        ("url", [one.address for one in found if one.host], str.lower),
     ):
-        twice = next((value for at, value in enumerate(values) if value in values[:at]), None)
-        if twice is not None:
-            raise fail(f"two boards have the {what} {twice}")
+        known: dict[str, str] = {}
+        for value in values:
+            if (first := known.get(same(value))) is not None:
+                raise fail(f"two boards have the {what} {value}" + (f", once as {first}" if first != value else ""))
+            known[same(value)] = value
     return found
+
+
+def _one_destination(destination: str) -> str:
+    """Return a destination of ssh with its host in lower case: hosts are the same in any case, users are not."""
+    user, at, host = destination.rpartition("@")
+    return f"{user}{at}{host.lower()}"
 
 
 def _entries(text: _InventoryText, folder: Path, fail: Fail) -> Iterator[Entry]:

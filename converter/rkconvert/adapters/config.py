@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from rkconvert.adapters.patterns import are_safe
-from rkconvert.model.family import EMBEDDING, HEAD
 from rkconvert.tensors.shards import read_json
 from rkruntime.errors import AdapterError
 from rkruntime.files import read_error
 
 FILE: Final = "adapter_config.json"
-# The part of a module that has its individually trained tokens.
-TOKENS: Final = "token_adapter.trainable_tokens_delta"
 # Settings under which the matrices mean something other than weight + factor * (B @ A).
 _REFUSED: Final = {
     "lora_bias": "a bias in each module (lora_bias), but Gemma has no bias to add it to",
@@ -39,9 +35,6 @@ _CHANGED_BASE: Final = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-# What peft targets in Gemma 1 and 2 if the settings name nothing (peft/utils/constants.py); its word for all matrices.
-_DEFAULT_TARGETS: Final = ("q_proj", "v_proj")
-_ALL_LINEAR: Final = "all-linear"
 # Limits on a list of module names (27B's matrices by full name are 322), and on the characters of one name.
 _MAX_NAMES: Final = 10_000
 _MAX_NAME: Final = 300
@@ -51,7 +44,6 @@ _NOT_WEIGHTS: Final = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
     "POLY", "XLORA",
 )  # fmt: skip
-_PAIR_SIDES: Final = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _PLAIN_STARTS: Final = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -98,7 +90,8 @@ class AdapterConfig:
                 hint="No merged model can do what it does; train a LoRA." if kind in _NOT_WEIGHTS else _MERGE_FIRST,
             )
         for key, meaning in _REFUSED.items():
-            if self.raw.get(key):
+            # An empty table means the feature with its defaults.
+            if self.raw.get(key) or self.raw.get(key) == {}:
                 raise AdapterError(f"The adapter is not a plain LoRA: it uses {meaning}.")
         start = self.raw.get("init_lora_weights")
         for prefix, name in _CHANGED_BASE.items():
@@ -111,6 +104,22 @@ class AdapterConfig:
                 )
         if start not in _PLAIN_STARTS:
             raise AdapterError(f"{self.path}: init_lora_weights is {start!r}, which is unknown.")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Raise AdapterError for settings that peft does not load together (LoraConfig.__post_init__)."""
+        pattern, layers = (self.raw.get(key) for key in ("layers_pattern", "layers_to_transform"))
+        by_pattern = isinstance(self.raw.get("target_modules"), str)
+        if by_pattern and (pattern is not None or layers is not None):
+            refused = "a text as target_modules with layers_to_transform or layers_pattern"
+        elif pattern and layers is None:
+            refused = "layers_pattern without layers_to_transform"
+        else:
+            return
+        raise AdapterError(
+            f"{self.path} has {refused}, which peft refuses.",
+            hint="It was edited: use the one saved with the adapter.",
+        )
 
     @property
     def base_name(self) -> str:
@@ -132,38 +141,47 @@ class AdapterConfig:
         """Whether the adapter was initialized as MiCA, for which peft rounds the update before adding it."""
         return self.raw.get("init_lora_weights") == "mica"
 
-    def saves_module(self, module: str) -> bool:
-        """Whether a module was trained as a whole (modules_to_save), itself or as part of another."""
-        parts = module.split(".")
-        wholes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return any(whole.endswith(name) for name in self._list("modules_to_save") for whole in wholes)
-
-    def _list(self, key: str) -> list[str]:
+    def names(self, key: str) -> list[str]:
         """Return the names of modules under a key, empty if there are none."""
         names = self.raw.get(key) or []
-        if not isinstance(names, list) or len(names) > _MAX_NAMES or not all(isinstance(n, str) and n for n in names):
+        names_only = isinstance(names, list) and all(isinstance(n, str) and 0 < len(n) <= _MAX_NAME for n in names)
+        if not names_only or len(names) > _MAX_NAMES:
             raise AdapterError(f"{self.path}: {key} is {str(names)[:80]}; it must list names of modules.")
-        return names
+        return list(names)
+
+    @property
+    def layers(self) -> Collection[int] | None:
+        """Indices of the changed layers; None for all."""
+        layers = self.raw.get("layers_to_transform")
+        if type(layers) is int:
+            return {layers}
+        if layers is None or layers == []:
+            return None
+        if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+            raise AdapterError(
+                f"{self.path}: layers_to_transform is {str(layers)[:80]}; it must list indices of layers."
+            )
+        return set(layers)
 
     def rank(self, module: str) -> int:
         """Return the rank of a module's matrices."""
         value = self._setting("rank_pattern", "r", module)
-        if not value.is_integer():
-            raise AdapterError(f"{self.path}: the rank of {module} is {value:g}; it must be a whole number.")
-        return int(value)
+        if not isinstance(value, int):
+            raise AdapterError(f"{self.path}: the rank of {module} is {value}; it must be a whole number.")
+        return value
 
     def scaling(self, module: str) -> float:
         """Return the factor of B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         rank, alpha = self.rank(module), self._setting("alpha_pattern", "lora_alpha", module)
         return alpha / math.sqrt(rank) if self.raw.get("use_rslora") else alpha / rank
 
-    def _setting(self, patterns: str, default: str, module: str) -> float:
+    def _setting(self, patterns: str, default: str, module: str) -> int | float:
         """Return a module's own rank or alpha: the first matching pattern's, as in peft's get_pattern_key."""
         value = self.raw.get(default)
         value = next((own for pattern, own in self._patterns(patterns) if pattern.match(module)), value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
             raise AdapterError(f"{self.path}: {default} of {module} is {value!r}; it must be a positive number.")
-        return float(value)
+        return value
 
     def _patterns(self, key: str) -> list[tuple[re.Pattern[str], Any]]:
         """Return the table under a key, with its patterns as peft matches them."""
@@ -183,136 +201,3 @@ class AdapterConfig:
                 hint="Write the names of modules, or fewer repeats and alternatives.",
             )
         return self._compiled.setdefault(key, [(re.compile(whole), own) for whole, own in wholes.items()])
-
-    def token_indices(self, module: str) -> list[int]:
-        """Return the ids of individually trained tokens, from a list or a table by module name."""
-        found = self.raw.get("trainable_token_indices") or []
-        if isinstance(found, dict):
-            own = [ids for name, ids in found.items() if f".{module}".endswith(f".{name}")]
-            # A tied head is saved under the embedding's tokens.
-            found = own[0] if own else found.get("embed_tokens", [])
-        if not isinstance(found, list) or any(type(index) is not int for index in found):
-            raise AdapterError(f"{self.path}: trainable_token_indices is {str(found)[:80]}; it must list token ids.")
-        return found
-
-    def check_modules(
-        self, base: Mapping[str, tuple[int, ...]], found: Mapping[str, Container[str]]
-    ) -> tuple[str, ...]:
-        """Compare the settings with the file's contents, as far as peft would complain or behave differently.
-
-        Args:
-            base: Tensors of the base model.
-            found: Parts of each module in the adapter's file.
-
-        Returns:
-            Notes for the user.
-
-        Raises:
-            AdapterError: The settings fit no module of the base, or the file lacks what peft requires, or has
-                what peft would not use.
-        """
-        modules = {name.removesuffix(".weight"): shape for name, shape in base.items()}
-        modules.setdefault(HEAD.removesuffix(".weight"), (0, 0))
-        for module in modules:
-            if self.saves_module(module) and "weight" not in found.get(module, ()):
-                raise AdapterError(f"The adapter's settings name {module} in modules_to_save, but its file lacks it.")
-        sides = (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
-        if any(map(self.token_indices, sides)) and not any(TOKENS in parts for parts in found.values()):
-            raise AdapterError("The adapter's settings name trainable_token_indices, but its file lacks their rows.")
-        matrices = {module: self._targets(module) for module, shape in modules.items() if len(shape) == 2}
-        targets = self.raw.get("target_modules")
-        if isinstance(targets, list) and targets and all(wanted is False for wanted in matrices.values()):
-            raise AdapterError(
-                f"The adapter targets {', '.join(targets)[:200]}, but the base model has no such module.",
-                hint=f"It was trained on another architecture: give its own base{self.base_hint}.",
-            )
-        pairs = {module for module in modules if any(side in found.get(module, ()) for side in _PAIR_SIDES)}
-        tied = {HEAD.removesuffix(".weight")} if self.raw.get("ensure_weight_tying") else set()
-        unused = sorted(module for module in pairs - tied if matrices.get(module) is False)
-        if unused:
-            raise AdapterError(
-                f"The adapter has matrices for {unused[0]} ({len(unused)} such modules) that its settings do not"
-                " target: peft would ignore them.",
-                hint="Its adapter_config.json was edited or belongs to another adapter: use the one saved with it.",
-            )
-        lacking = sorted(module for module, wanted in matrices.items() if wanted and module not in pairs | tied)
-        if not lacking:
-            return ()
-        return (
-            f"{self.path.parent.resolve().name} targets {lacking[0]} but has no matrices for it"
-            f" ({len(lacking)} such modules): they stay as in the base",
-        )
-
-    def _targets(self, module: str) -> bool | None:
-        """Whether the settings target a module by peft's rules; None if a pattern is not safe to try."""
-        if self.saves_module(module):
-            return False
-        excluded, named = self._excludes(module), self._names_target(module)
-        if excluded or named is False:
-            return False
-        return None if excluded is None else named
-
-    def _excludes(self, module: str) -> bool | None:
-        """Answer like `_targets`, whether the settings exclude a module."""
-        pattern = self.raw.get("exclude_modules")
-        return (
-            _matches(pattern, module)
-            if isinstance(pattern, str) and pattern
-            else _names(self._list("exclude_modules"), module)
-        )
-
-    def _names_target(self, module: str) -> bool | None:
-        """Answer like `_targets`, but without the exclusions."""
-        targets = self.raw.get("target_modules")
-        if isinstance(targets, str):
-            if targets.lower() == _ALL_LINEAR:
-                return f"{module}.weight" not in (EMBEDDING, HEAD)
-            return _matches(targets, module)
-        names = _DEFAULT_TARGETS if targets is None else self._list("target_modules")
-        if module in names or not _names(names, module):
-            return _names(names, module)
-        layers = self._layers()
-        return True if layers is None else self._is_in(layers, module)
-
-    def _is_in(self, layers: Container[int], module: str) -> bool | None:
-        """Whether a module is in one of these layers, whose number is found as `layers_pattern` says."""
-        names = self.raw.get("layers_pattern") or "layers"
-        names = [names] if isinstance(names, str) else self._list("layers_pattern")
-        patterns = _safe(tuple(rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names))
-        if patterns is None:
-            return None
-        match = next(filter(None, (pattern.match(module) for pattern in patterns)), None)
-        return match is not None and int(match["layer"]) in layers
-
-    def _layers(self) -> Container[int] | None:
-        """Return the indices of the changed layers; None for all."""
-        layers = self.raw.get("layers_to_transform")
-        if type(layers) is int:
-            return {layers}
-        if layers is None or layers == []:
-            return None
-        if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
-            raise AdapterError(
-                f"{self.path}: layers_to_transform is {str(layers)[:80]}; it must list indices of layers."
-            )
-        return set(layers)
-
-
-def _names(names: Iterable[str], module: str) -> bool:
-    """Whether a module's name ends in one of the listed names."""
-    return any(f".{module}".endswith(f".{name}") for name in names)
-
-
-@lru_cache(maxsize=8)
-def _safe(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...] | None:
-    """Compile patterns; None if one is not a regular expression, or they are not safe to try."""
-    try:
-        return tuple(map(re.compile, patterns)) if are_safe(patterns) else None
-    except re.error:
-        return None
-
-
-def _matches(pattern: str, module: str) -> bool | None:
-    """Whether a pattern matches a module's whole name; None if it is not safe to try."""
-    found = _safe((pattern,))
-    return None if found is None else found[0].fullmatch(module) is not None

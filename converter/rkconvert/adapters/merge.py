@@ -41,6 +41,13 @@ class MergedWeights:
         self._updates: dict[str, TensorUpdate] = {}
         self.notes: tuple[str, ...] = ()
         for adapter in adapters:
+            if adapter.untied and self._base_info(EMBEDDING).dtype == "F32":
+                raise AdapterError(
+                    f"The settings of {adapter.name} tie the matrices of the head to the embedding's"
+                    " (ensure_weight_tying), but its file has different ones, as from training on a base in 16 bits;"
+                    " in a base in float32 peft uses one of the two for both.",
+                    hint="Use the base in the format that the adapter was trained on.",
+                )
             copies = self._copies_of_the_base(adapter)
             for name, update in adapter.updates.items():
                 own = replace(update, replacement=None) if update.replacement in copies else update

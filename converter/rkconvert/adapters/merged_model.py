@@ -52,6 +52,8 @@ class AdapterSource:
             number = math.nan if "_" in weight else float(weight)
         except ValueError:
             number = math.nan
+        if not source:
+            raise UsageError(f"--lora {text}: it names no folder.", hint="Write --lora FOLDER=0.5")
         if not math.isfinite(number):
             raise UsageError(f"--lora {text}: {weight!r} is not a number.", hint="Write --lora FOLDER=0.5")
         return cls(source, number)

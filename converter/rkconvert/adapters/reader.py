@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from rkconvert.adapters.config import TOKENS, AdapterConfig
+from rkconvert.adapters.config import AdapterConfig
+from rkconvert.adapters.contents import TOKENS, check_contents
+from rkconvert.adapters.targets import Targets
 from rkconvert.adapters.updates import Change, Dora, LowRank, Replacement, TensorUpdate, TokenRows
 from rkconvert.model.family import EMBEDDING, HEAD
 from rkconvert.tensors.formats import FLOATS, to_float32
@@ -44,6 +46,8 @@ class Adapter:
         updates: Its changes, by the base model's tensor name. For a base that ties its head to the embedding both
             sides are named; if one and the same update is used for both, they stay tied.
         own_tokens: Whether it changes the embedding or the head, or their size, so that it needs its own tokenizer.
+        untied: Whether its settings tie the matrices of embedding and head (ensure_weight_tying), but its file has
+            different ones: peft unties them if the base has 16 bits.
         notes: Notes for the user.
         weight_files: Files for the hash in the manifest.
     """
@@ -52,6 +56,7 @@ class Adapter:
     base_name: str
     updates: Mapping[str, TensorUpdate]
     own_tokens: bool
+    untied: bool
     notes: tuple[str, ...]
     weight_files: tuple[Path, ...]
     name: str
@@ -77,14 +82,25 @@ def open_adapter(
     parts = _group(weights)
     if not parts:
         raise AdapterError(f"{path} contains no LoRA matrices.")
-    notes = config.check_modules(base, parts)
-    reader = _AdapterReader(config, weights, {**base, **_tied_shapes(base, parts, weights)}, weight)
+    targets = Targets.of(config, base)
+    notes = check_contents(targets, parts)
+    reader = _AdapterReader(config, targets, weights, {**base, **_tied_shapes(base, parts, weights)}, weight)
     updates = {f"{module}.weight": reader.update(module, found) for module, found in sorted(parts.items())}
     if HEAD not in base:
-        updates |= _tied(*(updates.get(side, TensorUpdate()) for side in _EMBEDDINGS))
+        sides = [updates.get(side, TensorUpdate()) for side in _EMBEDDINGS]
+        updates |= _tied(*sides, as_one=targets.tie == "modules_to_save")
     updates = {name: update for name, update in updates.items() if update != TensorUpdate()}
     own_tokens = any(_is_change(updates[side], base[EMBEDDING]) for side in _EMBEDDINGS if side in updates)
-    return Adapter(path, config.base_name, updates, own_tokens, notes, files, name or path.resolve().name, revision)
+    untied = targets.tie == "target_modules" and _differ(*(updates.get(side) for side in _EMBEDDINGS))
+    name = name or path.resolve().name
+    return Adapter(path, config.base_name, updates, own_tokens, untied, notes, files, name, revision)
+
+
+def _differ(embedding: TensorUpdate | None, head: TensorUpdate | None) -> bool:
+    """Whether an embedding's matrices differ from the head's."""
+    changes = [change for side in (embedding, head) if side for change in side.changes]
+    pairs = [change for change in changes if isinstance(change, LowRank)]
+    return any(not pairs[0].same_as(other) for other in pairs[1:])
 
 
 def _is_change(update: TensorUpdate, shape: tuple[int, ...]) -> bool:
@@ -144,11 +160,14 @@ def _same(weights: Weights, first: str, second: str) -> bool:
     return known and same_values((weights, first), (weights, second))
 
 
-def _tied(embedding: TensorUpdate, head: TensorUpdate) -> dict[str, TensorUpdate]:
+def _tied(embedding: TensorUpdate, head: TensorUpdate, *, as_one: bool) -> dict[str, TensorUpdate]:
     """Derive an adapter's changes to each of two tied embeddings from its file.
 
     As in the unmerged PeftModel: a trained tensor belongs to its own side, the base's as seen in training to both
     sides, and so do trained tokens of the input embedding.
+
+    Args:
+        as_one: Whether the settings tie a trained head to the trained embedding.
 
     Raises:
         AdapterError: The file has two values for one tensor, or a combination that peft itself merges wrongly.
@@ -156,7 +175,7 @@ def _tied(embedding: TensorUpdate, head: TensorUpdate) -> dict[str, TensorUpdate
     first, second = embedding.replacement, head.replacement
     if first and second and same_values((first.source, first.name), (second.source, second.name)):
         second = first
-    elif first and second and not (first.trained or second.trained):
+    elif first and second and (as_one or not (first.trained or second.trained)):
         raise AdapterError(
             "The adapter's copies of the embedding and of the head differ, but the base model ties the two.",
             hint="It was trained on a model with a separate head: use that one.",
@@ -181,6 +200,7 @@ class _AdapterReader:
     """Builds updates from a file's tensors."""
 
     config: AdapterConfig
+    targets: Targets
     weights: Weights
     base: Mapping[str, tuple[int, ...]]
     weight: float
@@ -216,7 +236,7 @@ class _AdapterReader:
             raise AdapterError(
                 f"The adapter's own {module} is {info.dtype} {list(info.shape)}; the base model's is {list(shape)}."
             )
-        trained = alone and (not embedding or self.config.saves_module(module))
+        trained = alone and (not embedding or self.targets.is_saved(module))
         if trained and self.weight != 1:
             raise AdapterError(
                 f"The adapter replaces {module} as a whole, so it cannot have the weight {self.weight:g}."
@@ -278,7 +298,7 @@ class _AdapterReader:
 
     def _token_rows(self, module: str, shape: tuple[int, ...], name: str) -> TokenRows:
         rows = self._matrix(name, 2)
-        indices = self.config.token_indices(module)
+        indices = self.targets.tokens.get(module, [])
         if self.weight != 1:
             raise AdapterError(
                 f"The adapter replaces tokens of {module}, so it cannot have the weight {self.weight:g}."

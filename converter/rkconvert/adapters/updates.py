@@ -89,6 +89,10 @@ class LowRank:
         """Shape of the matrix that it changes, [out, in]."""
         return self.b.shape[0], self.a.shape[1]
 
+    def same_as(self, other: LowRank) -> bool:
+        """Whether both have the same matrices."""
+        return np.array_equal(self.a, other.a) and np.array_equal(self.b, other.b)
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """See `Change.fits`."""
         return self.shape == shape

@@ -28,7 +28,7 @@ from rkconvert.sources.open import open_source
 from rkconvert.toolkit.staging import stage
 from rkruntime.abi import CALLABLE
 from rkruntime.bundle.manifest import TOKENIZER
-from rkruntime.cli.flags import json_option, quiet_option
+from rkruntime.cli.flags import TEXT, json_option, quiet_option
 from rkruntime.files import refuse_existing
 from rkruntime.terminal import say, say_json
 from rkruntime.text.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ TARGETS = ("auto", "model", "given")
     help="Read chats from this JSON Lines file, in OpenAI's or ShareGPT's format.",
 )
 @click.option("--default", "with_default", is_flag=True, help="Add the questions that come with RKEdge.")
-@click.option("--system", default="", help="Use this system prompt in chats that have none.")
+@click.option("--system", type=TEXT, default="", help="Use this system prompt in chats that have none.")
 @click.option(
     "--targets",
     type=click.Choice(TARGETS),

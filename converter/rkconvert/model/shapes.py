@@ -140,13 +140,13 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         CheckpointError: Not a plain decoder, or a size is missing or impossible.
     """
+    if _is_gemma(config):
+        return _of_gemma(parse_config(config))
     nested = config.get("text_config")
     if isinstance(nested, Mapping) and "hidden_size" not in config:
         inherited = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
         shape = parse_shape({**inherited, **nested, "text_config": None})
         return _with_note(shape, "only the language part; parts that read images or sound are not counted")
-    if _is_gemma(config):
-        return _of_gemma(parse_config(config))
     _refuse_unusual(config)
     model_type = config.get("model_type")
     family = MODEL_TYPES.get(str(model_type))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from rkconvert.sources.checkpoint import CONFIG, find_config
+from rkconvert.sources.bitsandbytes import is_bitsandbytes
+from rkconvert.sources.checkpoint import CONFIG, NAMED_WEIGHTS, find_config, read_config, refuse_other_weights
 from rkconvert.sources.hub import hub_file, is_hub_id, refuse_revision
 from rkconvert.tensors.shards import read_json
-from rkconvert.tensors.tensor_files import INDEX
+from rkconvert.tensors.tensor_files import INDEX, MODEL_FILES, find_files
 from rkruntime.errors import CheckpointError
 from rkruntime.files import read_error, readable
 
@@ -56,7 +57,10 @@ def _from_folder(folder: Path, name: str) -> ModelSource:
     config, index = find_config(folder), folder / INDEX
     shards = list(folder.glob("*.safetensors"))
     size = sum(shard.stat().st_size for shard in shards) if shards else None
-    return _source(name, config, index if index.is_file() else None, size)
+    source = _source(name, config, index if index.is_file() else None, size)
+    if shards and source.config.get(NAMED_WEIGHTS) is not None:
+        refuse_other_weights(folder, source.config, find_files(folder, MODEL_FILES, CheckpointError)[0])
+    return source
 
 
 def _from_file(path: Path) -> ModelSource:
@@ -71,7 +75,7 @@ def _from_file(path: Path) -> ModelSource:
 
 
 def _source(name: str, config_path: Path, index_path: Path | None, file_bytes: int | None) -> ModelSource:
-    config = read_json(config_path, CheckpointError)
+    config = read_config(config_path)
     stored = file_bytes
     if index_path is not None:
         metadata = read_json(index_path, CheckpointError).get("metadata")
@@ -80,9 +84,9 @@ def _source(name: str, config_path: Path, index_path: Path | None, file_bytes: i
     notes: tuple[str, ...] = ()
     if config.get("quantization_config"):
         method = config["quantization_config"]
-        method = method.get("quant_method", "some method") if isinstance(method, Mapping) else "some method"
+        method = method.get("quant_method", "bitsandbytes") if isinstance(method, Mapping) else "some method"
         refused = (
-            "" if method == "bitsandbytes" else ", and `rkedge convert` refuses it; start from the 16-bit checkpoint"
+            "" if is_bitsandbytes(config) else ", and `rkedge convert` refuses it; start from the 16-bit checkpoint"
         )
         notes = (f"the checkpoint is already quantized ({method}), and its lost precision does not come back{refused}",)
     return ModelSource(readable(name), config, stored, notes)

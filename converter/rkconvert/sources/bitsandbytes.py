@@ -26,6 +26,19 @@ if TYPE_CHECKING:
 
 _STATE: Final = ".quant_state.bitsandbytes__"
 _SIDES: Final = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
+# The 16 numbers of each 4-bit type, by which bitsandbytes computes whatever a file's quant_map says
+# (https://github.com/bitsandbytes-foundation/bitsandbytes, functional.get_4bit_type).
+_CODES: Final = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": (
+        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+        0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+    ),
+}  # fmt: skip
 _FORMATS: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Orders of an int8 matrix's bytes, as `weight_format` numbers them (bitsandbytes/utils.py).
 _ORDERS: Final = ("row", "col32", "col_turing", "col_ampere")
@@ -163,6 +176,12 @@ class Dequantized:
             )
         if len(code) != 16 or blocks != (-(-size // block),) or info.dtype != "U8" or info.size != -(-size // 2):
             raise CheckpointError(f"The 4-bit tensor {name} does not have the bytes and scales of its shape {shape}.")
+        if kind not in _CODES or not np.array_equal(code, np.array(_CODES[kind], np.float32)):
+            raise CheckpointError(
+                f"The 4-bit tensor {name} has a quant_map other than that of its type {str(kind)[:40]}, by which"
+                " bitsandbytes computes: one of the two is wrong.",
+                hint="Start from the original 16-bit checkpoint, or download the file again.",
+            )
         return _FourBit(name, dtype, shape, block, code, scales)
 
     def _scales(self, name: str, state: Mapping[str, Any]) -> _Scales:

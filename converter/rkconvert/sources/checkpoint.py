@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -100,10 +100,10 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
         CheckpointError: With a message for each possible defect.
     """
     before = folder_states(path)
-    raw = read_config(path)
+    raw = read_config(find_config(path))
     config = parse_config(raw)
     files, found = open_tensor_files(path, MODEL_FILES, CheckpointError)
-    _refuse_other_weights(path, raw, files)
+    refuse_other_weights(path, raw, files)
     weights: Weights = Renamed(found)
     notes: tuple[str, ...] = ()
     if is_bitsandbytes(raw):
@@ -125,7 +125,7 @@ def open_checkpoint(path: Path, name: str | None = None, revision: str = "") -> 
     return Checkpoint(path, config, raw, weights, inputs, name, revision, notes, own_head)
 
 
-def _refuse_other_weights(path: Path, raw: Mapping[str, Any], files: tuple[Path, ...]) -> None:
+def refuse_other_weights(path: Path, raw: Mapping[str, Any], files: Sequence[Path]) -> None:
     """Raise CheckpointError if config.json names other weights than the files that were found."""
     named = raw.get(NAMED_WEIGHTS)
     if named is not None and named not in [INDEX, *(file.name for file in files if len(files) == 1)]:
@@ -140,9 +140,8 @@ def _has_own_head(weights: Weights) -> bool:
     return HEAD in weights.tensors and not same_values((weights, EMBEDDING), (weights, HEAD))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read config.json of a folder. Raises CheckpointError, also if it names others for releases of transformers."""
-    file = find_config(path)
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a config.json. Raises CheckpointError, also if it names others for releases of transformers."""
     raw = read_json(file, CheckpointError)
     refuse_versions(file, raw, "configuration_files", CheckpointError)
     return raw

@@ -6,6 +6,7 @@ two others, ordered by score (transformers, convert_slow_tokenizer.generate_merg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -41,6 +42,11 @@ def tokenizer_json(file: GgufFile) -> dict[str, Any]:
     tokens, scores, kinds = (_list(file, key, kind) for key, kind in columns.items())
     if not len(tokens) == len(scores) == len(kinds):
         raise CheckpointError(f"{file.path} has {len(tokens)} tokens, but not a score and a type for each.")
+    if not all(map(math.isfinite, scores)):
+        raise CheckpointError(
+            f"{file.path} has a token whose score is not a number, so that the order of its merges is unknown.",
+            hint="Convert the original checkpoint, or download the file again.",
+        )
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{file.path} has a duplicate token.")

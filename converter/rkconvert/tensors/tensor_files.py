@@ -96,7 +96,7 @@ def open_tensor_files(folder: Path, names: Names, kind: type[InputError]) -> tup
     Raises:
         InputError: (of class `kind`) None found; one missing, truncated or damaged; or an index that does not match.
     """
-    paths, index = _find(folder, names, kind)
+    paths, index = find_files(folder, names, kind)
     weights = FileWeights([_open(path, kind) for path in paths], kind, index)
     wrong = (name for name, file in (index or {}).items() if weights.file_of(name) != file)
     lost = [name for name in wrong if not name.endswith(_IGNORED)]
@@ -112,7 +112,7 @@ def _open(path: Path, kind: type[InputError]) -> TensorFile:
     return TorchFile(path, kind) if path.suffix == ".bin" else Shard(path, kind)
 
 
-def _find(folder: Path, names: Names, kind: type[InputError]) -> tuple[list[Path], dict[str, str] | None]:
+def find_files(folder: Path, names: Names, kind: type[InputError]) -> tuple[list[Path], dict[str, str] | None]:
     """Return paths of the files and, for a sharded set, the index's map from tensor to file name."""
     for single, index_name in names.pairs:
         if (folder / index_name).is_file():

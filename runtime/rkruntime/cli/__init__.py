@@ -11,11 +11,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Final, NamedTuple
 
 import click
 
-from rkruntime.cli.flags import Flags, asks_for_json, flag
+from rkruntime.cli.flags import Flags, asks_for_json, flag, refuse_empty_values
 from rkruntime.errors import HostError, RKEdgeError, UsageError
 from rkruntime.printable import one_line
 from rkruntime.terminal import open_streams, say, say_json, settle_streams
@@ -82,6 +83,13 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+@cache
+def _imported(module: str) -> click.Command:
+    command: click.Command = importlib.import_module(module).run
+    refuse_empty_values(command)
+    return command
+
+
 class LazyGroup(click.Group):
     """A group whose commands are `module.run`, imported by name."""
 
@@ -94,8 +102,7 @@ class LazyGroup(click.Group):
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
-        command: click.Command = importlib.import_module(entry.module).run
-        return command
+        return _imported(entry.module)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

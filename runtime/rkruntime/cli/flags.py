@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import wraps
+from functools import partial, wraps
 from itertools import dropwhile
 from typing import Any, Final, TypeVar
 
@@ -23,6 +23,11 @@ class Number(click.FloatRange):
         return number
 
 
+class _Text(click.types.StringParamType):
+    """A text that may be empty; any other value on a command line may not."""
+
+
+TEXT: Final = _Text()
 # A context length; the daemon's setting has the same range.
 TOKENS: Final = click.IntRange(32, 1 << 20)
 
@@ -89,6 +94,26 @@ def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
     except Exception:  # the error has already been reported, whatever it was
         subcommand = None
     return asks_for_json(subcommand, others) if subcommand else "--json" in others
+
+
+def refuse_empty_values(command: click.Command) -> None:
+    """Let a command, and those in it, refuse an empty value of an argument or option, unless its type is TEXT.
+
+    An empty path would be the current folder: what a shell makes of a variable that is not set.
+    """
+    for item in command.params:
+        if not isinstance(item.type, _Text | click.types.UnprocessedParamType):
+            item.type_cast_value = partial(_cast, item, item.type_cast_value)  # type: ignore[method-assign]
+    for inner in command.commands.values() if isinstance(command, click.Group) else ():
+        refuse_empty_values(inner)
+
+
+def _cast(item: click.Parameter, cast: Callable[[click.Context, Any], Any], ctx: click.Context, value: Any) -> Any:
+    given = item.name and ctx.get_parameter_source(item.name) is click.core.ParameterSource.COMMANDLINE
+    if given and (value == "" or (isinstance(value, list | tuple) and "" in value)):
+        here = " The current folder is a dot." if isinstance(item.type, click.Path) else ""
+        raise click.BadParameter(f"it is empty.{here}", ctx, item)
+    return cast(ctx, value)
 
 
 def packed(

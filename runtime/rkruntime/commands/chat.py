@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rkruntime.cli.flags import TEXT
 from rkruntime.cli.options import BundleName, open_engine, runtime_options, sampling_options
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import BundleError, UsageError
@@ -116,7 +117,7 @@ def _show_sessions(chat: RemoteChat) -> None:
 
 @click.command("chat")
 @click.argument("model", metavar="[BUNDLE|HOST]", type=BundleOrHost(_over_ssh), required=False)
-@click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
+@click.option("--system", type=TEXT, default="", metavar="TEXT", help="Set the system prompt.")
 @click.option("--session", metavar="NAME", help="Continue or start this conversation (with a daemon only).")
 @click.option("--sessions", is_flag=True, help="List your conversations with a daemon.")
 @click.option("--drop-oldest", is_flag=True, help="Forget the oldest turns when the context is full.")

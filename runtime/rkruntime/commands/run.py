@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import click
 
-from rkruntime.cli.flags import json_option
+from rkruntime.cli.flags import TEXT, json_option
 from rkruntime.cli.options import bundle_argument, open_for_person, runtime_options, sampling_options
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions
 from rkruntime.errors import ModelError, UsageError
@@ -54,11 +54,15 @@ def _prompt(text: str | None, file: BinaryIO | None) -> str:
 
 @click.command("run")
 @bundle_argument()
-@click.argument("words", metavar="[PROMPT]", nargs=-1)
-@click.option("-p", "--prompt", metavar="TEXT", show_default="standard input", help="Ask this; the same as PROMPT.")
+@click.argument("words", metavar="[PROMPT]", type=TEXT, nargs=-1)
+@click.option(
+    "-p", "--prompt", type=TEXT, metavar="TEXT", show_default="standard input", help="Ask this; the same as PROMPT."
+)
 @click.option("-f", "--file", type=click.File("rb"), help="Append this file to the prompt; - is standard input.")
-@click.option("--system", default="", metavar="TEXT", help="Set the system prompt.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
+@click.option("--system", type=TEXT, default="", metavar="TEXT", help="Set the system prompt.")
+@click.option(
+    "--stop", type=TEXT, multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."
+)
 @click.option(
     "--selftest",
     is_flag=True,

@@ -135,7 +135,7 @@ REFUSED = {
     ),
     "targets of another model, with a pattern": (
         lambda tensors: None,
-        {"target_modules": ["c_attn"], "exclude_modules": ".*vision.*", "layers_pattern": "layers"},
+        {"target_modules": ["c_attn"], "exclude_modules": ".*vision.*", "layers_to_transform": [0]},
         {},
         "targets c_attn, but the base model has no such module",
     ),
@@ -186,7 +186,6 @@ def test_what_peft_saves_is_taken_without_a_word(opened, lora):
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EDITED = [
     {"target_modules": None},
-    {"target_modules": []},
     {"target_modules": "all-linear"},
     {"target_modules": ".*_proj"},
     {"target_modules": "q_proj"},
@@ -225,9 +224,11 @@ def test_settings_that_leave_out_what_the_file_has(opened, settings):
         opened(settings=settings | dict.fromkeys(["target_modules"], full["target_modules"]), target_modules=LINEAR)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(" * 300, ["((x*)*)*"] * 9, ["layers"] * 9000])
+@pytest.mark.parametrize("pattern", ["(a+)+$", ["((x*)*)*"] * 9, ["layers"] * 9000])
 def test_patterns_that_are_not_safe_are_left_alone(opened, pattern):
-    assert opened(settings={"layers_to_transform": [0, 1], "layers_pattern": pattern}).adapters[0].updates
+    model = opened(settings={"layers_to_transform": [0, 1], "layers_pattern": pattern})
+    assert model.adapters[0].updates
+    assert "too complex to be tried" in model.notes[0]
 
 
 def test_a_copy_of_another_base(opened, make_model, bits):

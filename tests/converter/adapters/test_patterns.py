@@ -54,6 +54,8 @@ def test_no_pattern_takes_for_ever(key: str) -> None:
     code = f"""
 from pathlib import Path
 from rkconvert.adapters.config import AdapterConfig
+from rkconvert.adapters.contents import check_contents
+from rkconvert.adapters.targets import Targets
 from rkruntime.errors import AdapterError
 for pattern in {EXPONENTIAL!r}:
     forms = {{"rank_pattern": {{pattern: 4}}, "alpha_pattern": {{pattern: 4}}, "modules_to_save": [pattern]}}
@@ -62,7 +64,8 @@ for pattern in {EXPONENTIAL!r}:
     for name in {NAMES!r}:
         try:
             config.scaling(name)
-            config.check_modules({{f"{{name}}.weight": (4, 4)}}, {{name: ("lora_A", "lora_B")}})
+            targets = Targets.of(config, {{f"{{name}}.weight": (4, 4)}})
+            check_contents(targets, {{name: ("lora_A", "lora_B")}})
         except AdapterError:
             pass
 """

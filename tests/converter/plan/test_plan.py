@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from rkconvert.plan.page import render
 from rkconvert.rules import quantized_types as dtypes
 from rkconvert.rules.context import choose_context
 from rkconvert.rules.type_names import parse_type
+from rkconvert.sources.checkpoint import open_checkpoint
 from rkruntime import cli
 from rkruntime.errors import CheckpointError, HostError, InputError, OutputError, RefusedError, UsageError
 
@@ -274,6 +276,48 @@ def test_a_quantized_checkpoint_is_noted(model):
 def test_a_checkpoint_that_convert_refuses_is_said(model):
     plan = as_json(model(quantization_config={"quant_method": "gptq"}))
     assert any("`rkedge convert` refuses it" in note for note in plan["notes"])
+
+
+REFUSED_BY_CONVERT = {
+    "files for other releases": {"configuration_files": ["config.4.0.0.json"]},
+    "weights of another name": {"transformers_weights": "other.safetensors"},
+    "no caps": {"attn_logit_softcapping": 0},
+    "no window": {"sliding_window": 0},
+    "biases": {"attention_bias": True},
+    "another model_type": {"model_type": "gemma"},
+    "sizes of a part": {"text_config": {"model_type": "llama", "hidden_size": 64}, "hidden_size": 0},
+    "other rotary embeddings": {"rope_scaling": {"rope_type": "yarn"}},
+    "no end": {"eos_token_id": []},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_CONVERT)
+def test_what_convert_refuses_is_not_planned(tmp_path, case):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(), folder)
+    open_checkpoint(folder)
+    make_plan(PlanRequest(str(folder)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | REFUSED_BY_CONVERT[case]))
+    with pytest.raises(CheckpointError) as by_convert:
+        open_checkpoint(folder)
+    with pytest.raises(CheckpointError) as by_plan:
+        make_plan(PlanRequest(str(folder)))
+    assert (by_plan.value.message, by_plan.value.hint) == (by_convert.value.message, by_convert.value.hint)
+
+
+@pytest.mark.parametrize("where", ["file", "hub"])
+def test_files_for_other_releases_wherever_the_config_is(hub, model, where):
+    config = model(configuration_files=["config.4.0.0.json"]) / "config.json"
+    hub(lambda name: config)
+    with pytest.raises(CheckpointError, match="configuration_files"):
+        make_plan(PlanRequest(str(config) if where == "file" else "google/gemma-2-2b-it"))
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"quant_method": "bitsandbytes"}])
+def test_what_bitsandbytes_made_is_not_said_to_be_refused(model, settings):
+    (note,) = [note for note in as_json(model(quantization_config=settings))["notes"] if "already quantized" in note]
+    assert "refuses" not in note
 
 
 @pytest.mark.parametrize("ram", [float("nan"), float("inf"), 0.5, 1e300])

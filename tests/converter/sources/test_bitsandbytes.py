@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional
 from bitsandbytes import utils as bnb_utils
 from safetensors.torch import load_file, save_file
 from tests.converter.sources.other_formats import everything, quantize
@@ -66,6 +67,27 @@ def test_scales_that_do_not_fit(make_model):
     save_file({key: value for key, value in state.items() if key != f"{name}.absmax"}, base / "model.safetensors")
     with pytest.raises(CheckpointError, match="no usable scales"):
         open_checkpoint(base)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("nf4", "fp4"), ("fp4", "nf4")])
+def test_numbers_of_another_type(make_model, kind, other):
+    """bitsandbytes computes with those of the type, whatever the file's quant_map says."""
+    base = make_model()
+    quantize(base, kind)
+    state = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    packed = state[name].reshape(-1, 1)
+    saved = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    values = [functional.get_4bit_type(other, device="cpu"), functional.get_4bit_type(kind, device="cpu") * 1.001]
+    results = [
+        functional.dequantize_4bit(packed, functional.QuantState.from_dict({**saved, "quant_map": code}, "cpu"))
+        for code in (saved["quant_map"], *values)
+    ]
+    assert all(torch.equal(results[0], result) for result in results[1:])
+    for code in values:
+        save_file(state | {f"{name}.quant_map": code}, base / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"other than that of its type {kind}"):
+            open_checkpoint(base)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,12 @@ def test_without_a_word_llama_cpp_puts_a_space_in_front() -> None:
         made(add_space_prefix=None)
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
+def test_scores_that_have_no_order(score: float) -> None:
+    with pytest.raises(CheckpointError, match="whose score is not a number"):
+        made(scores=[0.0] * 5 + [score])
+
+
 def test_no_tokens() -> None:
     with pytest.raises(CheckpointError):
         made(tokens=[], scores=[], token_type=[])

@@ -203,7 +203,7 @@ def test_an_empty_name_is_not_the_current_folder(
     monkeypatch.chdir(made)
     more = {"push": ["me/model"], "rm": ["--yes"]}.get(command, [])
     assert cli.main([command, "", *more]) == UsageError.exit_code
-    assert "empty name" in capsys.readouterr().err
+    assert "it is empty" in capsys.readouterr().err
     assert open_bundle(made)
     with pytest.raises(UsageError, match="is not a path"):
         open_bundle("")

@@ -210,7 +210,7 @@ def test_a_command_alone_shows_its_help_in_lines(words: list[str], capfd: pytest
 def test_a_board_with_an_empty_name_is_none(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A variable of a script that was not set."""
     assert cli.main([*command.split(), ""]) == UsageError.exit_code
-    assert "The board has an empty name" in capsys.readouterr().err
+    assert "it is empty" in capsys.readouterr().err
 
 
 def test_compat_does_not_take_an_empty_board_for_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

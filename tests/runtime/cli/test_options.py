@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -151,3 +153,56 @@ def test_completion(shell: str, typed: str, wanted: str) -> None:
 
 def test_completion_leaves_former_names_out() -> None:
     assert "--toolkit" not in complete("bash", "plan --")
+
+
+def parameters() -> Iterator[tuple[str, click.Parameter]]:
+    for path, command in commands(cli.cli, "rkedge"):
+        for item in command.params:
+            flag = isinstance(item, click.Option) and (item.is_flag or item.count)
+            if not flag and not isinstance(command, click.Group):
+                yield path, item
+
+
+# Texts that a model or another program gets.
+MAY_BE_EMPTY = {
+    "rkedge calibrate system", "rkedge chat system", "rkedge run words", "rkedge run prompt", "rkedge run system",
+    "rkedge run stop", "rkedge clocks command",
+}  # fmt: skip
+GIVEN = list(parameters())
+
+
+@pytest.mark.parametrize(("path", "item"), GIVEN, ids=[f"{path} {item.name}" for path, item in GIVEN])
+def test_an_empty_value_is_refused(path: str, item: click.Parameter) -> None:
+    context = click.Context(click.Command("x"))
+    context.set_parameter_source(str(item.name), click.core.ParameterSource.COMMANDLINE)
+    value: Any = ("x", "") if item.nargs == -1 or getattr(item, "multiple", False) else ""
+    if f"{path} {item.name}" in MAY_BE_EMPTY:
+        assert item.type_cast_value(context, value) == value
+    else:
+        with pytest.raises(click.BadParameter):
+            item.type_cast_value(context, value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", ""], ["convert", "x", "--lora", ""], ["convert", "x", "-o", ""], ["plan", ""],
+        ["plan", "x", "--html="], ["merge", "", "-o", "y"], ["chat", ""], ["inspect", ""], ["diagnose", ""],
+        ["doctor", ""], ["fleet", "deploy", ""], ["toolkit", "info", "--toolkit-python="], ["bench", ""],
+        ["serve", ""], ["compat", ""],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_empty_value_is_never_the_current_folder(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is what a shell makes of "$MODEL" if there is no such variable."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    assert "it is empty" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_without_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["merge", str(tmp_path), "--lora", "=0.5", "-o", str(tmp_path / "out")]) == 2
+    assert "names no folder" in capsys.readouterr().err
