@@ -138,9 +138,11 @@ class WorkerProcess:
         """Send a command (see protocol.pack_command), from any thread.
 
         Raises:
+            RunError: This is a fork, which shares the pipe.
             WorkerCrashedError: The worker is gone.
             WorkerHungError: The worker does not read; it was killed.
         """
+        self.owner.check()
         try:
             self._commands.send(command, _COMMAND_TIMEOUT)
         except TimeoutError:
@@ -196,11 +198,11 @@ class WorkerProcess:
             raise self.crashed() from None
         except OSError:  # closed by another thread
             raise self.crashed() from None
-        last = self._parts[-1]
+        last = self._parts[-1:]  # empty if a signal's handler has read meanwhile
         self._join()
-        if not last:
+        if last == [b""]:
             raise self.crashed()
-        return len(last)
+        return sum(map(len, last))
 
     def _join(self) -> None:
         """Count the bytes of the parts that were read; once a record is complete, join all parts to one buffer."""
