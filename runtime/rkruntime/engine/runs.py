@@ -164,7 +164,7 @@ class Runs:
                     self._loop = asyncio.get_running_loop()
                     yield records
                 except WorkerProtocolError:
-                    self._worker.end(grace=0)  # nothing more is asked of it
+                    await records.kill()  # nothing more is asked of it
                     raise
                 finally:
                     await self._settle_async(mine, records)

@@ -270,7 +270,9 @@ def test_half_closed_connections_leave_nothing_behind(target: Any) -> None:
     target.wait_until(lambda: not target.request("GET", "/status")[2]["queue"]["busy"])
 
 
-@pytest.mark.parametrize("line", ["GET /health", "GET /ready", "GET /v1/models", "GET /nothing", "GET /", "PUT /health"])
+@pytest.mark.parametrize(
+    "line", ["GET /health", "GET /ready", "GET /v1/models", "GET /nothing", "GET /", "PUT /health"]
+)
 def test_who_only_reads_after_asking_gets_the_answer(target: Any, line: str) -> None:
     """As `nc -N` does: it shuts its sending half at once."""
     for host in ("localhost", "evil.example"):

@@ -321,6 +321,14 @@ class WorkerProcess:
         Returns:
             The process's return code, negative for a signal.
         """
+        self.kill(grace)
+        self.drain_log()
+        if self._line:
+            self._print(b"\n")
+        return self.process.wait()
+
+    def kill(self, grace: float = 0) -> None:
+        """The part of `end` that takes time: a process that hangs in a driver may be slow to go. From any thread."""
         try:
             self.process.wait(grace)
         except subprocess.TimeoutExpired:
@@ -329,11 +337,7 @@ class WorkerProcess:
                 self.process.wait(_KILL_TIMEOUT)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        code = self.process.wait()
-        self.drain_log()
-        if self._line:
-            self._print(b"\n")
-        return code
+        self.process.wait()
 
     def close_pipes(self) -> None:
         """Close the parent's ends of the pipes."""
