@@ -48,8 +48,11 @@ class _Turn:
             if time.monotonic() > deadline:
                 raise in_use()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._lock.release()
+        if isinstance(error, Exception) and not isinstance(error, RKEdgeError) and self._connection.closing:
+            # A signal's handler has closed the model between two steps of the reader, which then finds no data.
+            raise closed_meanwhile() from error
 
 
 class WorkerConnection:
@@ -82,7 +85,7 @@ class WorkerConnection:
     @property
     def log(self) -> tuple[str, ...]:
         """The last lines that the library printed."""
-        if not self.closed:
+        if not self.closed and self.worker.owner.here:
             self.worker.drain_log()
         return tuple(self.worker.log)
 

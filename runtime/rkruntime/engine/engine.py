@@ -148,7 +148,11 @@ class Engine:
                 self._connection.end()
 
     def kill(self) -> None:
-        """Kill the worker at once, from any thread; another thread's wait ends with a RunError. Then call `close`."""
+        """Kill the worker at once, from any thread; another thread's wait ends with a RunError. Then call `close`.
+
+        Raises RunError in a fork.
+        """
+        self._connection.worker.owner.check()
         self._connection.closing = True
         self._connection.worker.process.terminate()
 

@@ -164,7 +164,7 @@ class Runs:
                     self._loop = asyncio.get_running_loop()
                     yield records
                 except WorkerProtocolError:
-                    self._worker.end(grace=0)  # nothing more is asked of it
+                    await records.kill()  # nothing more is asked of it
                     raise
                 finally:
                     await self._settle_async(mine, records)
@@ -299,8 +299,8 @@ class Runs:
         return array
 
     def abort(self) -> None:
-        """Ask the current run, if any, to end; from any thread."""
-        run = self.active
+        """Ask the current run, if any, to end; from any thread. A fork has no run."""
+        run = self.active if self._worker.owner.here else None
         if run is not None and self._connection.gone is None and not self._connection.closed:
             # If the worker is gone by now, the iterator reports it.
             with contextlib.suppress(WorkerError, OSError):

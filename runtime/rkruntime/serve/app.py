@@ -187,7 +187,7 @@ class DaemonEndpoints:
 
     def __init__(self, service: Service, document: Mapping[str, Any]) -> None:
         self._service = service
-        self._document = document
+        self._document = json_response(document).body
         self._started = time.monotonic()
 
     def routes(self) -> list[Route]:
@@ -242,7 +242,7 @@ class DaemonEndpoints:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _openapi(self, _: Request) -> Response:
-        return json_response(self._document)
+        return Response(self._document, media_type="application/json")
 
 
 def make_app(service: Service) -> Starlette:

@@ -271,7 +271,7 @@ class Connection(H11Protocol):
         if self.flow.write_paused or counted.plain.is_closing():
             return False
         # Framed as h11 does: as a chunk, unless the client's HTTP/1.0 does not have chunks.
-        counted.write(b"%x\r\n%b\r\n" % (len(body), body) if self.scope["http_version"] == "1.1" else body)
+        counted.write(b"%x\r\n%b\r\n" % (len(body), body) if self.scope["http_version"] >= "1.1" else body)
         return True
 
     def give_up(self) -> None:

@@ -21,8 +21,8 @@ from rkruntime.errors import RKEdgeError, ServiceError, UsageError
 from rkruntime.model import Model, open_model
 from rkruntime.schema import types_of
 from rkruntime.serve.settings import Settings, changed
-from rkruntime.serve.threads import in_thread
 from rkruntime.stop import Stop
+from rkruntime.threads import in_thread
 from rkruntime.words import counted
 
 if TYPE_CHECKING:

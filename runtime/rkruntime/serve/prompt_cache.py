@@ -25,8 +25,8 @@ from rkruntime.abi import within
 from rkruntime.engine.generation import Event, Finished, FinishReason, Request, Token
 from rkruntime.errors import ModelError, RKEdgeError, RunError, UnsupportedCallError, WorkerError
 from rkruntime.files import atomic_file
-from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import Answer
+from rkruntime.threads import in_thread
 
 if TYPE_CHECKING:
     from rkruntime.model import Model

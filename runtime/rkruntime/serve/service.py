@@ -35,9 +35,9 @@ from rkruntime.serve.queue import DAEMON, Client, FairQueue
 from rkruntime.serve.run import GenerationRequest, Outcome, Prompt, Run, Started, stopped
 from rkruntime.serve.sessions import SessionStore
 from rkruntime.serve.settings import Settings
-from rkruntime.serve.threads import in_thread
 from rkruntime.text.answer import AnswerReader
 from rkruntime.text.template import Message
+from rkruntime.threads import in_thread
 from rkruntime.words import counted
 
 log = logging.getLogger("rkedge")

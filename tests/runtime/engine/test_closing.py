@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,6 +19,8 @@ import pytest
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.engine.engine import Engine
 from rkruntime.engine.generation import Event, Finished, Request
+from rkruntime.engine.worker.events import AsyncRecords
+from rkruntime.engine.worker.process import WorkerProcess
 from rkruntime.errors import RKEdgeError, RunError
 from rkruntime.model import Model, open_model
 from rkruntime.text.template import Message
@@ -139,6 +144,66 @@ def test_a_signals_handler_closes(load: Callable[..., Engine]) -> None:
     assert gone(engine)
 
 
+def reading(engine: Engine) -> list[Event]:
+    return list(engine.generate(REQUEST))
+
+
+def handed_over(engine: Engine) -> list[Event]:
+    events: list[Event] = []
+
+    def take(more: list[Event]) -> bool:
+        events.extend(more)
+        return True
+
+    asyncio.run(engine.deliver(REQUEST, take))
+    return events
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("read", [reading, handed_over])
+def test_a_signals_handler_closes_before_any_line_of_the_reader(
+    load: Callable[..., Engine], read: Callable[[Engine], list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python runs a handler between any two lines, once a token has come; here it does for each of them in turn."""
+    monkeypatch.setenv("RKEMU_TOKEN_US", "2000")
+    files = {inspect.getfile(WorkerProcess), inspect.getfile(AsyncRecords)}
+
+    def tried(wanted: tuple[str, int] | None) -> set[tuple[str, int]]:
+        """Close the engine before this line; returns the lines that are reached from the third read on."""
+        engine, seen, reads = load(), set[tuple[str, int]](), 0
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal reads
+            code = frame.f_code
+            if code.co_filename not in files:
+                return None
+            reads += code.co_name == "receive" and event == "call"
+            if event == "line" and reads > 2:
+                here = code.co_name, frame.f_lineno
+                if here == wanted:
+                    sys.settrace(None)
+                    frame.f_trace = None
+                    engine.close()
+                    return None
+                seen.add(here)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            said = outcome(lambda: read(engine)[-1])
+        finally:
+            sys.settrace(before)
+            engine.close()
+        assert said == "Finished" or (wanted and said.startswith("RunError: The model ")), (wanted, said)
+        return seen
+
+    lines = tried(None)
+    assert len(lines) > 20
+    for line in sorted(lines):
+        tried(line)
+
+
 def test_a_thread_closes_what_an_event_loop_reads(load: Callable[..., Engine]) -> None:
     engine = load()
 
@@ -224,6 +289,8 @@ def test_a_fork_can_do_nothing_to_its_parents_model(model: Model) -> None:
     events = model.engine.generate(REQUEST)
     first = next(events)
     assert "forked" in forked(lambda: list(events))
+    assert "forked" in forked(model.engine.kill)
+    assert "NoneType" in forked(model.engine.abort)
     assert "NoneType" in forked(events.close)
     rest = list(events)
     assert isinstance(rest[-1], Finished)

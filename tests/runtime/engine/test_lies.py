@@ -11,6 +11,7 @@ import os
 import resource
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -373,6 +374,52 @@ def test_no_head_does_more_than_be_refused(heads: list[tuple[int, int, int, int,
         except WorkerProtocolError:
             continue
         assert head[4] <= 1 << 24 or (head[0] == LOGITS and head[4] <= 4 * 3 << 20)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("read", [collected, delivered])
+@pytest.mark.parametrize(
+    ("steps", "error"),
+    [(HONEST[:1], WorkerHungError), (LIES["a negative token"], WorkerProtocolError)],
+    ids=["hangs", "lies"],
+)
+def test_a_worker_that_is_slow_to_die_does_not_hold_up_the_event_loop(
+    fake: Fake,
+    steps: list[str],
+    error: type[WorkerError],
+    read: Callable[[Engine], Any],
+    cancelled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that hangs in the NPU's driver: here it dies once the loop has had a turn. A cancel hides no loss."""
+    engine = fake(steps, token_timeout=0.3)
+    dying, dies, held_up = threading.Event(), threading.Event(), False
+    process = engine._connection.worker.process
+    terminate = process.terminate
+
+    def slowly() -> None:
+        nonlocal held_up
+        dying.set()
+        held_up = not dies.wait(5)
+        terminate()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(read(engine))
+        while not dying.is_set():
+            await asyncio.sleep(0.01)
+        if cancelled:
+            task.cancel()
+            await asyncio.sleep(0.01)
+        dies.set()
+        await task
+
+    monkeypatch.setattr(process, "terminate", slowly)
+    with pytest.raises(error):
+        asyncio.run(main())
+    assert not held_up
+    with pytest.raises(error, match="The worker is gone"):
+        list(engine.generate(Request([1])))
+    engine.close()
 
 
 @given(pieces=st.lists(st.binary(max_size=5000), max_size=20))

@@ -270,6 +270,25 @@ def test_half_closed_connections_leave_nothing_behind(target: Any) -> None:
     target.wait_until(lambda: not target.request("GET", "/status")[2]["queue"]["busy"])
 
 
+@pytest.mark.parametrize(
+    "line", ["GET /health", "GET /ready", "GET /v1/models", "GET /nothing", "GET /", "PUT /health"]
+)
+def test_who_only_reads_after_asking_gets_the_answer(target: Any, line: str) -> None:
+    """As `nc -N` does: it shuts its sending half at once."""
+    for host in ("localhost", "evil.example"):
+        read = []
+        for half in (False, True):
+            with socket.create_connection(("127.0.0.1", target.port)) as one:
+                close = "keep-alive" if half else "close"
+                one.sendall(f"{line} HTTP/1.1\r\nHost: {host}\r\nConnection: {close}\r\n\r\n".encode())
+                if half:
+                    one.shutdown(socket.SHUT_WR)
+                read.append(closed_after(one)[1].partition(b"\r\n\r\n")[2])
+        assert read[0]
+        assert b'"created"' in read[0] or read[0] == read[1]
+        assert read[1]
+
+
 def test_web_pages_of_others_are_refused(target: Any) -> None:
     def get(headers: str) -> bytes:
         with socket.create_connection(("127.0.0.1", target.port)) as one:

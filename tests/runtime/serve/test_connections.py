@@ -1,17 +1,21 @@
-"""A connection parses what it gets in slices, so that others have their turn in between."""
+"""A connection parses and sends in pieces of its own, and its client sees none of that."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import socket
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
-from rkruntime.serve.connections import _SLICE, Connection, _Counted
+from rkruntime.serve.connections import _SLICE, CONNECTION, Connection, _Counted
 
 
 @pytest.mark.parametrize("close_after", [None, 3])
@@ -44,6 +48,50 @@ def test_slices(monkeypatch: pytest.MonkeyPatch, close_after: int | None) -> Non
         assert transport.resume_reading.call_count == 1
     assert max(map(len, parsed)) <= _SLICE
     assert turns == list(range(1, turns[-1] + 1))
+
+
+async def _answered(protocol: type[H11Protocol], app: Any, folder: Path, version: str, *, half: bool) -> list[bytes]:
+    """What a client reads from a server with this protocol: the head's lines, sorted, and what follows."""
+    config, state = Config(app, http=protocol, lifespan="off", log_config=None), ServerState()
+    config.load()
+    path = str(folder / protocol.__module__)
+    loop = asyncio.get_running_loop()
+    async with await loop.create_unix_server(lambda: protocol(config, state, {}, loop), path):
+        with socket.socket(socket.AF_UNIX) as one:
+            one.setblocking(False)
+            one.connect(path)
+            close = "keep-alive" if half else "close"
+            one.send(f"GET / HTTP/{version}\r\nHost: localhost\r\nConnection: {close}\r\n\r\n".encode())
+            if half:
+                one.shutdown(socket.SHUT_WR)
+            seen = b""
+            while part := await asyncio.wait_for(loop.sock_recv(one, 1 << 16), 20):
+                seen += part
+    head, _, rest = seen.partition(b"\r\n\r\n")
+    return [*sorted(head.split(b"\r\n")), rest]
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["", "half-closed"])
+@pytest.mark.parametrize("version", ["1.0", "1.1", "1.2", "2.0"])
+@pytest.mark.parametrize("parts", [[0], [15], [1, 2, 3], [20_000, 5], [200_000]], ids=str)
+def test_a_client_reads_what_uvicorns_own_connection_sends(
+    tmp_path: Path, parts: list[int], version: str, half: bool
+) -> None:
+    """Whether parts are sent or pushed, and even if the client shuts its sending half with the request."""
+
+    async def app(scope: Any, _: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        connection = scope["state"].get(CONNECTION)
+        for number, size in enumerate(parts):
+            body = b"%d" % number * size
+            if not (connection and number and connection.push(body)):
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    ours = Connection.of(Mock(peer=lambda _: 0), 9, 20, 20)
+    read = [asyncio.run(_answered(one, app, tmp_path, version, half=half)) for one in (H11Protocol, ours)]
+    assert b"HTTP/1.1 200 OK" in read[0]
+    assert read[0] == read[1]
 
 
 DATA = random.Random(5).randbytes(10 * _SLICE + 17)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Final, TypeVar
 
 from rkruntime.engine.worker.process import LOG_PAUSE, SMALL_READ, Limiting, WorkerProcess
 from rkruntime.engine.worker.protocol import TOKEN, TOKENIZE, Record
 from rkruntime.errors import WorkerError
+from rkruntime.threads import in_thread
 
 E = TypeVar("E")
 _TICK: Final = 0.5
@@ -63,6 +64,7 @@ class AsyncRecords:
             if self._failed is not None:
                 raise self._failed
             if time.monotonic() > deadline:
+                await self.kill()
                 raise self._worker.hung(timeout)
             if self._received >= SMALL_READ:  # there is more to read, but other tasks get their turn first
                 await asyncio.sleep(0)
@@ -86,7 +88,8 @@ class AsyncRecords:
         would double a token's CPU time. `event_of` is called while the turn is held. Raises what both functions and
         WorkerProcess.next_record raise.
         """
-        ended: asyncio.Future[None] = self._loop.create_future()
+        # The time limit that was exceeded, or None.
+        ended: asyncio.Future[float | None] = self._loop.create_future()
         limit, deadline = timeout, time.monotonic() + timeout
 
         def look() -> None:
@@ -108,7 +111,7 @@ class AsyncRecords:
             limit, deadline = limiting(limit, deadline)
             left = deadline - time.monotonic()
             if left < 0 and not ended.done():
-                ended.set_exception(self._worker.hung(limit))
+                ended.set_result(limit)
             return max(0.0, min(left, _TICK))
 
         self._watch(self._records_fd, look)
@@ -116,10 +119,18 @@ class AsyncRecords:
         self._timer.cancel()
         self._tick()  # another reader may already have put events into the buffer
         try:
-            await ended
+            exceeded = await ended
         finally:
             self._check = self._wake
             self._unwatch(self._records_fd)
+        if exceeded is not None:
+            await self.kill()
+            raise self._worker.hung(exceeded)
+
+    async def kill(self) -> None:
+        """Kill the worker without holding up the event loop, which must hear why even if it is cancelled meanwhile."""
+        with suppress(asyncio.CancelledError):
+            await in_thread(self._worker.kill)
 
     def _hand_over(
         self, wanted: Callable[[], bool], event_of: Callable[[Record], E], take: Callable[[list[E]], bool]

@@ -138,9 +138,11 @@ class WorkerProcess:
         """Send a command (see protocol.pack_command), from any thread.
 
         Raises:
+            RunError: This is a fork, which shares the pipe.
             WorkerCrashedError: The worker is gone.
             WorkerHungError: The worker does not read; it was killed.
         """
+        self.owner.check()
         try:
             self._commands.send(command, _COMMAND_TIMEOUT)
         except TimeoutError:
@@ -196,11 +198,11 @@ class WorkerProcess:
             raise self.crashed() from None
         except OSError:  # closed by another thread
             raise self.crashed() from None
-        last = self._parts[-1]
+        last = self._parts[-1:]  # empty if a signal's handler has read meanwhile
         self._join()
-        if not last:
+        if last == [b""]:
             raise self.crashed()
-        return len(last)
+        return sum(map(len, last))
 
     def _join(self) -> None:
         """Count the bytes of the parts that were read; once a record is complete, join all parts to one buffer."""
@@ -319,6 +321,14 @@ class WorkerProcess:
         Returns:
             The process's return code, negative for a signal.
         """
+        self.kill(grace)
+        self.drain_log()
+        if self._line:
+            self._print(b"\n")
+        return self.process.wait()
+
+    def kill(self, grace: float = 0) -> None:
+        """The part of `end` that takes time: a process that hangs in a driver may be slow to go. From any thread."""
         try:
             self.process.wait(grace)
         except subprocess.TimeoutExpired:
@@ -327,11 +337,7 @@ class WorkerProcess:
                 self.process.wait(_KILL_TIMEOUT)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        code = self.process.wait()
-        self.drain_log()
-        if self._line:
-            self._print(b"\n")
-        return code
+        self.process.wait()
 
     def close_pipes(self) -> None:
         """Close the parent's ends of the pipes."""

@@ -20,11 +20,12 @@ from rkruntime.serve.memory import AnswerMemory
 from rkruntime.serve.queue import Client
 from rkruntime.serve.run import GenerationRequest, Item, Outcome, Prompt, Run, SaveAnswer, Started, stopped
 from rkruntime.serve.service import Embedded, Service
-from rkruntime.serve.threads import LARGE, in_thread
+from rkruntime.serve.threads import LARGE
 from rkruntime.serve.users import User
 from rkruntime.text.answer import Answer
 from rkruntime.text.conversation import Conversation
 from rkruntime.text.template import Message, no_question
+from rkruntime.threads import in_thread
 from rkruntime.words import counted, dropped_turns
 
 NOTES_HEADER: Final = "X-RKEdge-Notes"
