@@ -360,7 +360,8 @@ class Daemon:
                 await server.on_tick(0)  # the header Date
                 for connection in list(server.server_state.connections):
                     cast("Connection", connection).check_writing()
-            await self.service.unload_if_idle()
+            if self.service.settings.idle_unload_s:  # not waited for, as a model may hang while it is closed
+                self._start_task(self.service.unload_if_idle)
 
     async def reload(self) -> None:
         """Read the settings again. If they are invalid, the old ones stay in force; sockets stay as they are.
