@@ -182,6 +182,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "NaN": (lambda f: tensors(f, put(float("nan"))), "has NaN or infinite weights"),
     "infinity": (lambda f: tensors(f, put(float("-inf"))), "has NaN or infinite weights"),
+    "a float64 that is infinite as float32": (
+        lambda f: tensors(f, lambda t: t.update({NORM: t[NORM].double() - 1e39})),
+        "has NaN or infinite weights",
+    ),
     "an index that lost a shard": (
         lambda f: (shard(f), (f / "model-00002-of-00002.safetensors").unlink()),
         "lacks the file model-00002-of-00002",
