@@ -184,6 +184,16 @@ def test_rows_that_fill_up_the_embedding(make_model, tmp_path, tokenizer):
     assert open_bundle(tmp_path / "other").manifest.vocab_size == 0
 
 
+@pytest.mark.parametrize("own", ["<start_of_turn>", "<bos>"])
+def test_texts_begin_with_bos_or_with_the_tokenizers_own_token(make_model, tmp_path, tokenizer, edit_json, own):
+    """As after trl's setup_chat_format, which gives ChatML's first token to both, or to the tokenizer alone."""
+    base = make_model(bos_token_id=tokenizer.token_to_id(own))
+    (base / "special_tokens_map.json").unlink()
+    edit_json(base / "tokenizer_config.json", bos_token="<start_of_turn>")
+    assert convert(base, "-o", tmp_path / "bundle") == 0
+    assert open_bundle(tmp_path / "bundle").manifest.bos_token_id == tokenizer.token_to_id(own)
+
+
 def test_a_template_with_a_system_role(make_model, tmp_path):
     base = make_model()
     (base / "chat_template.jinja").write_text(
