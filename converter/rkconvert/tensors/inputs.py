@@ -146,7 +146,8 @@ class Inputs:
         names = [*_SETTINGS, *tokenizer_files(folder)]
         small = {path: before.get(path) for path in (folder / name for name in names)}
         # What is read without it is another model's: a template, the tokens that end an answer.
-        if unread := next((path for path, state in small.items() if state is None and os.path.lexists(path)), None):
+        missing = (path for path, state in small.items() if state is None and os.path.lexists(path))
+        if unread := next((path for path in missing if FileState.of(path) is None), None):
             raise kind(
                 f"{unread} is not a file: it is a folder, or a link to a file that is missing.",
                 hint="Download the model again, or copy it with `cp -RL`, which copies what links lead to.",
