@@ -139,7 +139,7 @@ MODEL_TYPES: Final[Mapping[str, LayerFacts]] = {
     "qwen2_5_vl_text": _QWEN2_VL,
     "qwen3": _QWEN3,
     "qwen3_vl_text": replace(_QWEN3, omitted=_QWEN3_VL_SIZES),
-    "gemma3_text": LayerFacts(norms=4, qk_norm=True, tied=True, omitted=_GEMMA3_SIZES),
+    "gemma3_text": replace(_QWEN3, norms=4, tied=True, omitted=_GEMMA3_SIZES),
     "phi3": LayerFacts(omitted={"max_position_embeddings": 4096}),
     "minicpm": LayerFacts(tied=True),
     "minicpm3": LayerFacts(tied=True),

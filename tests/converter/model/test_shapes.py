@@ -67,7 +67,7 @@ def test_parameters_equal_those_that_transformers_builds(model_type, layers, kv_
     assert shape.layer_weights == sum(p.numel() for p in layer.parameters() if p.ndim == 2)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "llama", "qwen3"])
 def test_biases_are_counted_where_the_config_has_them(model_type):
     config = config_of(model_type, attention_bias=True)
     assert parse_shape(config).parameters == sum(p.numel() for p in built(config).parameters())
