@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from rkconvert.adapters.merged_model import MergedModel
+from rkconvert.model.added_tokens import named_tokens, text_of, tokenizer_settings
 from rkconvert.model.chat_template import ChatTemplate, read_template
 from rkconvert.model.tokenizer import TokenizerTables, read_tokenizer
 from rkruntime.bundle.manifest import TOKENIZER
 from rkruntime.errors import CheckpointError
-from rkruntime.text.template import END_OF_TURN
+from rkruntime.printable import printable
+from rkruntime.text.template import BOS, END_OF_TURN
 
 
 def read_chat(model: MergedModel) -> tuple[TokenizerTables, ChatTemplate]:
@@ -19,6 +21,13 @@ def read_chat(model: MergedModel) -> tuple[TokenizerTables, ChatTemplate]:
         raise CheckpointError(
             f"config.json: bos_token_id is {config.bos_token_id}, which is not a token of tokenizer.json.",
             hint="In Gemma's own config.json it is 2.",
+        )
+    own = text_of(named_tokens(tokenizer_settings(folder)).get("bos_token")) or BOS
+    if bos not in (own, BOS):
+        raise CheckpointError(
+            f"config.json: bos_token_id is {config.bos_token_id}, which is the token {printable(bos[:80])!r}, but the"
+            f" tokenizer begins texts with {printable(own[:80])}.",
+            hint=f"Write the id of that token: {tokenizer.added[own]}." if own in tokenizer.added else None,
         )
     return tokenizer, read_template(folder, bos, model.checkpoint.path)
 

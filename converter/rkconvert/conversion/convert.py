@@ -397,6 +397,7 @@ def _manifest(job: Job, source: Source, adapters: tuple[Source, ...], made: Mode
         stop_token_ids=stop_tokens(spec.model, spec.tokenizer, spec.template),
         system_role=spec.template.system_role,
         special_tokens=_special_tokens(spec.template),
+        vocab_size=config.vocab_size if spec.tokenizer.padded else 0,
         created_by=bundle_folder.created_by(),
         licence=bundle_folder.LICENCE,
         notes=(*job.notes, *made.notes),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from rkconvert.model.families import FAMILIES as CONVERTED
@@ -83,7 +83,8 @@ class ModelShape:
 class LayerFacts:
     """Facts about a model type that config.json does not state.
 
-    A bias may be the key of config.json that switches it. `keys` maps our names to the family's own.
+    A bias may be the key of config.json that switches it. `keys` maps our names to the family's own. `omitted` has the
+    sizes of a config.json that leaves them out, where they are not Llama's.
     """
 
     norms: int = 2
@@ -93,11 +94,25 @@ class LayerFacts:
     mlp_bias: bool | str = False
     tied: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
+    omitted: Mapping[str, int] = field(default_factory=dict)
 
 
+# Sizes that a config.json may leave out, mostly in its `text_config`: the defaults of transformers' classes
+# (https://github.com/huggingface/transformers/tree/main/src/transformers/models, configuration_*.py).
+_QWEN_SIZES: Final = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_QWEN_VL_SIZES: Final = {"vocab_size": 152064, "num_key_value_heads": 8, "max_position_embeddings": 32768}
+_QWEN3_VL_SIZES: Final = {
+    "vocab_size": 151936, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 128000,
+}  # fmt: skip
+_GEMMA3_SIZES: Final = {
+    "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
 _LLAMA: Final = LayerFacts(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
-_QWEN2: Final = LayerFacts(qkv_bias=True)
-_QWEN3: Final = LayerFacts(qk_norm=True, qkv_bias="attention_bias", out_bias="attention_bias")
+_QWEN2_VL: Final = LayerFacts(qkv_bias=True, omitted=_QWEN_VL_SIZES)
+_QWEN3: Final = LayerFacts(
+    qk_norm=True, qkv_bias="attention_bias", out_bias="attention_bias", omitted={**_QWEN_SIZES, "head_dim": 128}
+)
 _GLM_KEYS: Final = {
     "num_hidden_layers": "num_layers",
     "vocab_size": "padded_vocab_size",
@@ -115,17 +130,17 @@ _TELECHAT_KEYS: Final = {
 # model_type of config.json -> family; Gemma 1 and 2 have their own parser in gemma.py.
 MODEL_TYPES: Final[Mapping[str, LayerFacts]] = {
     "llama": _LLAMA,
-    "mistral": LayerFacts(),
-    "smollm3": LayerFacts(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias", tied=True),
-    "qwen2": _QWEN2,
-    "qwen2_vl": _QWEN2,
-    "qwen2_vl_text": _QWEN2,
-    "qwen2_5_vl": _QWEN2,
-    "qwen2_5_vl_text": _QWEN2,
+    "mistral": LayerFacts(omitted={"num_key_value_heads": 8, "max_position_embeddings": 131072}),
+    "smollm3": replace(_LLAMA, tied=True, omitted={"num_key_value_heads": 4, "max_position_embeddings": 32768}),
+    "qwen2": LayerFacts(qkv_bias=True, omitted=_QWEN_SIZES),
+    "qwen2_vl": _QWEN2_VL,
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
     "qwen3": _QWEN3,
-    "qwen3_vl_text": _QWEN3,
-    "gemma3_text": LayerFacts(norms=4, qk_norm=True, tied=True),
-    "phi3": LayerFacts(),
+    "qwen3_vl_text": replace(_QWEN3, omitted=_QWEN3_VL_SIZES),
+    "gemma3_text": replace(_QWEN3, norms=4, tied=True, omitted=_GEMMA3_SIZES),
+    "phi3": LayerFacts(omitted={"max_position_embeddings": 4096}),
     "minicpm": LayerFacts(tied=True),
     "minicpm3": LayerFacts(tied=True),
     "internlm2": LayerFacts(qkv_bias="bias", out_bias="bias"),
@@ -266,7 +281,8 @@ class _ConfigReader:
 
     def size(self, name: str, default: int | None = None) -> int:
         key = self.family.keys.get(name, name)
-        value = self.config.get(key)
+        # null is another case: transformers then computes the size, as for Llama.
+        value = self.config.get(key, self.family.omitted.get(name))
         value = default if value is None else value
         if value is None:
             raise CheckpointError(f"config.json has no {key}, so the model's size is unknown.")

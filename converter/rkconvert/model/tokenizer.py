@@ -69,6 +69,11 @@ class TokenizerTables:
         wanted = (Kind.CONTROL, Kind.USER_DEFINED)
         return {self.texts[at].decode("utf-8", "replace"): at for at, kind in enumerate(self.kinds) if kind in wanted}
 
+    @property
+    def padded(self) -> bool:
+        """Whether the last rows of the model's embedding have no token: trainers fill it up to a round number."""
+        return self.kinds[-1] is Kind.UNUSED
+
     @cached_property
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """The tensors `tokenizer.*` of a .rkemu file.

@@ -67,7 +67,11 @@ def from_float32(
 
 
 def all_finite(block: NDArray[Any], dtype: str) -> bool:
-    """Whether a block stored in format `dtype` has neither NaN nor infinity."""
+    """Whether a block stored in format `dtype` has neither NaN nor infinity, not even as float32."""
+    if dtype == "F64":
+        # Arithmetic here is in float32, in which larger numbers are infinite.
+        with np.errstate(over="ignore"):
+            block = block.astype(np.float32)
     if dtype != "BF16":
         return bool(np.isfinite(block).all())
     # As unsigned integers, negative NaN and infinity are the largest values; as signed integers, the positive ones are.

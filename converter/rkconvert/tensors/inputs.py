@@ -138,9 +138,20 @@ class Inputs:
 
     @classmethod
     def of_folder(cls, kind: type[InputError], folder: Path, before: States, weights: Iterable[Path]) -> Inputs:
-        """Return the inputs of a model's or adapter's folder, given its `folder_states` from before it was opened."""
+        """Return the inputs of a model's or adapter's folder, given its `folder_states` from before it was opened.
+
+        Raises:
+            InputError: (of class `kind`) One that may be left out is there, but is not a file.
+        """
         names = [*_SETTINGS, *tokenizer_files(folder)]
         small = {path: before.get(path) for path in (folder / name for name in names)}
+        # What is read without it is another model's: a template, the tokens that end an answer.
+        missing = (path for path, state in small.items() if state is None and os.path.lexists(path))
+        if unread := next((path for path in missing if FileState.of(path) is None), None):
+            raise kind(
+                f"{unread} is not a file: it is a folder, or a link to a file that is missing.",
+                hint="Download the model again, or copy it with `cp -RL`, which copies what links lead to.",
+            )
         return cls(kind, {file: before.get(file) for file in weights}, small)
 
     @cached_property

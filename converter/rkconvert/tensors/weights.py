@@ -77,7 +77,7 @@ def row_blocks(shape: tuple[int, ...], weights: int = BLOCK_WEIGHTS) -> Iterator
 def read_finite(
     weights: Weights, name: str, first: int, count: int, kind: type[InputError] = CheckpointError
 ) -> NDArray[Any]:
-    """Return rows as `weights.read` does. Raises `kind` if they contain NaN or infinity."""
+    """Return rows as `weights.read` does. Raises `kind` for NaN, infinity, and what float32 cannot hold."""
     block = weights.read(name, first, count)
     if not all_finite(block, weights.tensors[name].dtype):
         raise kind(

@@ -68,6 +68,7 @@ class FileRecord:
 
 
 _TokenId = Annotated[int, Between(0, (1 << 31) - 1)]
+_TokenCount = Annotated[int, Between(0, 1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Manifest:
         stop_token_ids: Tokens that end an answer.
         system_role: `fold` (Gemma: the system prompt goes into the first user turn) or `native`.
         special_tokens: Special tokens by their names in templates, such as `eos_token`, if they differ from Gemma's.
+        vocab_size: Ids of the model, if they are more than its tokenizer's: rows that fill up its embedding; else 0.
         files: Every file except the manifest, by its path in the folder.
         options: The conversion's exact options, for reading and for repeating it.
     """
@@ -109,6 +111,7 @@ class Manifest:
     adapters: tuple[Source, ...] = ()
     system_role: _Name = "fold"
     special_tokens: dict[str, _Name] = field(default_factory=dict)
+    vocab_size: _TokenCount = 0
     created_by: _Name = ""
     licence: _Text = ""
     notes: tuple[_Text, ...] = ()
@@ -117,7 +120,7 @@ class Manifest:
 
     def to_yaml(self) -> str:
         """Return the manifest as YAML, in field order."""
-        plain = json.loads(json.dumps(asdict(self)))
+        plain = json.loads(json.dumps(self._plain()))
         return yaml.safe_dump({"schema": plain.pop("schema"), **plain}, sort_keys=False, allow_unicode=True)
 
     @property
@@ -128,7 +131,11 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """A hash over the manifest and thereby its files: bundles of the same name may hold different models."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._plain(), sort_keys=True).encode()).hexdigest()
+
+    def _plain(self) -> dict[str, Any]:
+        """Return the fields; without a key that releases before it refuse, where it says nothing."""
+        return {key: value for key, value in asdict(self).items() if key != "vocab_size" or value}
 
     @classmethod
     def from_yaml(cls, text: str) -> Manifest:

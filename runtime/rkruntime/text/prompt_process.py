@@ -55,6 +55,7 @@ class PromptProcess:
             vocabulary = open_in(
                 self._child, tokenizer, bundle.tokenizer, source, manifest.system_role, manifest.special_tokens
             )
+            vocabulary.extend(manifest.vocab_size)
             _check_ids(manifest, vocabulary)
             self._ready = self._child.idle_pid
             return vocabulary

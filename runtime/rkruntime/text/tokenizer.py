@@ -146,10 +146,7 @@ class Tokenizer(Vocabulary):
             token.content for token in added.values() if token.lstrip or token.rstrip or token.single_word
         )
         self._control_ids = frozenset(control.values())
-        size = max([backend.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
-        if size > _MAX_IDS:
-            raise BundleError(f"The tokenizer has ids up to {size:,}; Gemma's have fewer than {_MAX_IDS:,}.")
-        tokens = [backend.id_to_token(at) or "" for at in range(size)]
+        tokens = _by_id(backend)
         if large := too_large(tokens):
             raise BundleError(f"In the tokenizer, {large}.")
         texts = ["" if at in self._control_ids else token for at, token in enumerate(tokens)]
@@ -221,6 +218,21 @@ class Tokenizer(Vocabulary):
         for part in parts:
             ids += self.encode(part) if isinstance(part, str) else (part,) if isinstance(part, int) else part
         return ids
+
+
+def _by_id(backend: tokenizers.Tokenizer) -> list[str]:
+    """Return each token at its id, "" at ids without one, up to the last token: gaps make ids exceed their number."""
+    tokens: list[str] = []
+    left = backend.get_vocab_size(with_added_tokens=True)
+    while left:
+        if len(tokens) == _MAX_IDS:
+            raise BundleError(
+                f"The tokenizer has two tokens of one id, or ids of {_MAX_IDS:,} and more; Gemma's has neither."
+            )
+        token = backend.id_to_token(len(tokens))
+        left -= token is not None
+        tokens.append(token or "")
+    return tokens
 
 
 def _bytes(text: str) -> bytes:

@@ -16,7 +16,7 @@ class Vocabulary:
 
     Attributes:
         control: Control tokens by their text, such as `<start_of_turn>`.
-        vocab_size: Number of ids, added tokens included.
+        vocab_size: Number of ids, with those of added tokens and those without a token.
     """
 
     def __init__(self, texts: Sequence[bytes], control: Mapping[str, int]) -> None:
@@ -25,6 +25,12 @@ class Vocabulary:
         self._joined = b"".join(texts)
         self._ends = array("I", accumulate(map(len, texts), initial=0))
         self.vocab_size = len(texts)
+
+    def extend(self, size: int) -> None:
+        """Add ids without a token until there are `size`: a model may have more than its tokenizer."""
+        more = max(0, size - self.vocab_size)
+        self._ends.extend([len(self._joined)] * more)
+        self.vocab_size += more
 
     @staticmethod
     def unpack(packed: bytes, control: Mapping[str, int]) -> Vocabulary:

@@ -98,6 +98,12 @@ def in_bin(folder: Path, data: bytes) -> None:
     write(folder / "pytorch_model.bin", data)
 
 
+def not_downloaded(path: Path) -> None:
+    """Leave a link as those in the hub's cache, to a blob that is not there."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("../../blobs/0123")
+
+
 def put(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
     def change(found: dict[str, torch.Tensor]) -> None:
         found[QUERY][3, 4] = value
@@ -182,6 +188,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "NaN": (lambda f: tensors(f, put(float("nan"))), "has NaN or infinite weights"),
     "infinity": (lambda f: tensors(f, put(float("-inf"))), "has NaN or infinite weights"),
+    "a float64 that is infinite as float32": (
+        lambda f: tensors(f, lambda t: t.update({NORM: t[NORM].double() - 1e39})),
+        "has NaN or infinite weights",
+    ),
     "an index that lost a shard": (
         lambda f: (shard(f), (f / "model-00002-of-00002.safetensors").unlink()),
         "lacks the file model-00002-of-00002",
@@ -209,6 +219,19 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a pickle that runs code": (lambda f: in_bin(f, pickle.dumps(Runs())), r"not a \.bin file of torch 1\.6"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"has no tokenizer\.json"),
+    "a template that was not downloaded": (
+        lambda f: not_downloaded(f / "chat_template.jinja"),
+        r"chat_template\.jinja is not a file: .* a link to a file that is missing",
+    ),
+    "end tokens that were not downloaded": (
+        lambda f: not_downloaded(f / "generation_config.json"),
+        r"generation_config\.json is not a file",
+    ),
+    "a folder in place of added tokens": (lambda f: (f / "added_tokens.json").mkdir(), "is not a file: it is a folder"),
+    "another first token than the tokenizer's": (
+        lambda f: config(f, bos_token_id=5),
+        "bos_token_id is 5, which is the token .*, but the tokenizer begins texts with <bos>",
+    ),
     "a tokenizer of another kind": (
         lambda f: tokenizer(f, lambda t: t["model"].update(type="Unigram")),
         "it is a Unigram tokenizer",

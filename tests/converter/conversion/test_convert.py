@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from rkconvert.tensors.weights import TensorInfo
 from rkruntime.bundle.manifest import open_bundle
 from rkruntime.bundle.rkemu import read_container
 from rkruntime.cli import main
+from rkruntime.text.prompt_process import PromptProcess
 
 
 def convert(*arguments: object) -> int:
@@ -165,6 +167,31 @@ def test_a_grown_vocabulary_brings_its_own_tokenizer(make_model, make_adapter, t
     assert container.metadata["model.vocab_size"] == 1056
     assert b"<new>" in container.read("tokenizer.text").tobytes()
     assert "<new>" in (tmp_path / "bundle" / "tokenizer.json").read_text()
+
+
+def test_rows_that_fill_up_the_embedding(make_model, tmp_path, tokenizer):
+    """Ids without a token: one may end an answer, and the bundle still opens."""
+    rows = 64 + tokenizer.get_vocab_size()
+    base = make_model(vocab_size=rows, eos_token_id=[1, rows - 1])
+    assert convert(base, "-o", tmp_path / "bundle") == 0
+    bundle = open_bundle(tmp_path / "bundle")
+    assert rows - 1 in bundle.manifest.stop_token_ids
+    assert bundle.manifest.vocab_size == rows
+    with closing(PromptProcess(bundle)) as prompts:
+        assert prompts.vocabulary.vocab_size == rows
+    whole = make_model("whole", vocab_size=tokenizer.get_vocab_size())
+    assert convert(whole, "-o", tmp_path / "other") == 0
+    assert open_bundle(tmp_path / "other").manifest.vocab_size == 0
+
+
+@pytest.mark.parametrize("own", ["<start_of_turn>", "<bos>"])
+def test_texts_begin_with_bos_or_with_the_tokenizers_own_token(make_model, tmp_path, tokenizer, edit_json, own):
+    """As after trl's setup_chat_format, which gives ChatML's first token to both, or to the tokenizer alone."""
+    base = make_model(bos_token_id=tokenizer.token_to_id(own))
+    (base / "special_tokens_map.json").unlink()
+    edit_json(base / "tokenizer_config.json", bos_token="<start_of_turn>")
+    assert convert(base, "-o", tmp_path / "bundle") == 0
+    assert open_bundle(tmp_path / "bundle").manifest.bos_token_id == tokenizer.token_to_id(own)
 
 
 def test_a_template_with_a_system_role(make_model, tmp_path):

@@ -67,7 +67,7 @@ def test_parameters_equal_those_that_transformers_builds(model_type, layers, kv_
     assert shape.layer_weights == sum(p.numel() for p in layer.parameters() if p.ndim == 2)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "llama", "qwen3"])
 def test_biases_are_counted_where_the_config_has_them(model_type):
     config = config_of(model_type, attention_bias=True)
     assert parse_shape(config).parameters == sum(p.numel() for p in built(config).parameters())
@@ -82,6 +82,47 @@ def test_a_size_left_out_is_named(model_type):
         return
     with pytest.raises(CheckpointError, match="hidden_size"):
         parse_shape(config)
+
+
+OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size", "num_attention_heads")
+
+
+@pytest.mark.parametrize("model_type", sorted(BUILT_IN))
+@settings(max_examples=25)
+@given(omitted=st.sets(st.sampled_from(OPTIONAL)))
+def test_what_a_config_leaves_out_is_as_in_transformers(model_type, omitted):
+    """Or it is refused. Vision models leave out what equals their class's defaults, down to the number of heads."""
+    sizes = config_of(model_type, hidden_size=256, num_attention_heads=32, num_key_value_heads=8)
+    config = {key: value for key, value in sizes.items() if key not in omitted}
+    try:
+        shape = parse_shape(config)
+    except CheckpointError as error:
+        assert any(key in error.message for key in omitted)
+        return
+    model = built(config)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.max_position_embeddings == model.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"])
+def test_what_the_text_part_of_a_model_with_pictures_leaves_out(model_type):
+    sizes = {"hidden_size": 4096, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 32}
+    theirs = AutoConfig.for_model(model_type, **sizes)
+    shape = parse_shape({"model_type": "any", "text_config": {"model_type": model_type, **sizes}})
+    assert shape.vocab_size == theirs.vocab_size
+    assert shape.max_position_embeddings == theirs.max_position_embeddings
+    head_dim = getattr(theirs, "head_dim", None) or 4096 // 32
+    assert shape.kv_width == 2 * theirs.num_key_value_heads * head_dim
+
+
+def test_gemma_3_without_the_sizes_that_are_its_classs_own():
+    """The text parts of the sizes 12B and 4B: all that differs from Gemma3TextConfig."""
+    large = {"hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48}
+    small = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    for sizes in ({**large, "num_key_value_heads": 8}, small):
+        shape = parse_shape({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", **sizes}})
+        model = built({"model_type": "gemma3_text", **sizes})
+        assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -53,3 +53,8 @@ def test_finite_is_told_from_nan_and_infinity_for_every_bfloat16():
     expected = torch.isfinite(_torch(every)).numpy()
     assert [all_finite(every[at : at + 1], "BF16") for at in range(0, 1 << 16, 17)] == list(expected[::17])
     assert not all_finite(np.array([1, np.nan], np.float32), "F32")
+
+
+@given(npst.arrays(np.float64, 4, elements=st.sampled_from([0.0, 1e-300, 3.4e38, -3.5e38, 1e300, -np.inf, np.nan])))
+def test_what_float32_cannot_hold_is_not_finite(values):
+    assert all_finite(values, "F64") == bool(torch.from_numpy(values).float().isfinite().all())

@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from tests.runtime.conftest import Interrupt, interrupt, with_file
 
 from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.engine.generation import Token
 from rkruntime.errors import BundleError, ContextFullError, HostError, RunError, ServiceError, UsageError
 from rkruntime.stop import Stop
 from rkruntime.text import confined
+from rkruntime.text.answer import AnswerReader
 from rkruntime.text.confined import CallLimits, Confined
 from rkruntime.text.prompt_process import CHILD, PromptProcess, open_beside
 from rkruntime.text.prompts import RESERVED, PromptMaker
@@ -72,6 +74,19 @@ def test_a_frozen_process_does_not_tell_of_a_slow_template(prompts: PromptProces
 def test_a_token_of_the_manifest_that_the_model_does_not_have(fake_bundle: Bundle, facts: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="has 1,000,000,000; the tokenizer has "):
         PromptProcess(replace(fake_bundle, manifest=replace(fake_bundle.manifest, **facts)))
+
+
+def test_an_id_without_a_token_is_no_text_in_an_answer(fake_bundle: Bundle, tokenizer: Tokenizer) -> None:
+    """Of a model whose embedding has more rows than its tokenizer has tokens, which happens to be sampled."""
+    rows = tokenizer.vocab_size + 8
+    manifest = replace(fake_bundle.manifest, vocab_size=rows, stop_token_ids=(1, rows - 2))
+    with closing(PromptProcess(replace(fake_bundle, manifest=manifest))) as prompts:
+        reader = AnswerReader(prompts.vocabulary, 3)
+        for token_id in (*tokenizer.encode("well"), tokenizer.vocab_size, rows - 1, *tokenizer.encode("done")):
+            reader.feed(Token(token_id))
+        assert reader.text == "welldone"
+        with pytest.raises(RunError, match=f"the model has only {rows:,}"):
+            reader.feed(Token(rows))
 
 
 @pytest.mark.parametrize("template", ["gemma", "alpaca"])

@@ -213,6 +213,34 @@ def test_a_tokenizer_unlike_gemmas_is_refused(tmp_path: Path, tokenizer_file: Pa
         read_tokenizer(path, 4096)
 
 
+@pytest.mark.parametrize("gap", [1, 2, 300])
+def test_ids_may_have_gaps(tmp_path: Path, tokenizer_file: Path, gap: int) -> None:
+    """As in vocabularies from which somebody removed tokens: the last ids are then beyond the number of tokens."""
+    content = json.loads(tokenizer_file.read_text())
+    vocab = content["model"]["vocab"]
+    after = max([token["id"] for token in content["added_tokens"]] + [vocab[f"<0x{byte:02X}>"] for byte in range(256)])
+    content["model"]["vocab"] = {text: index + gap * (index > after) for text, index in vocab.items()}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    library, mine = tokenizers.Tokenizer.from_file(str(path)), Tokenizer.parse(path.read_bytes(), path)
+    words = [text for text, index in vocab.items() if index > after]
+    assert mine.vocab_size == 1 + max(library.get_vocab().values())
+    assert mine.decode(map(library.token_to_id, words)) == "".join(words).replace("▁", " ")
+    for word in words:
+        ids = mine.encode(word)
+        assert ids == library.encode(word, add_special_tokens=False).ids
+        assert mine.decode(ids) == library.decode(ids)
+
+
+def test_two_tokens_of_one_id_are_refused(tmp_path: Path, tokenizer_file: Path) -> None:
+    content = json.loads(tokenizer_file.read_text())
+    content["model"]["vocab"]["twin"] = max(content["model"]["vocab"].values())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="two tokens of one id"):
+        Tokenizer.parse(path.read_bytes(), path)
+
+
 def test_ids_without_end_are_refused(tmp_path: Path, tokenizer_file: Path) -> None:
     content = json.loads(tokenizer_file.read_text())
     content["model"]["vocab"]["far"] = 1 << 31
