@@ -91,8 +91,8 @@ def _words(kind: type[Any]) -> dict[str, str]:
 def _range(hint: Any) -> str:
     """What a value may be."""
     if hasattr(hint, "__metadata__"):
-        bounds = next(item for item in hint.__metadata__ if isinstance(item, Between))
-        return f"{_number(bounds.least)} to {_number(bounds.most)}"
+        bounds = next((item for item in hint.__metadata__ if isinstance(item, Between)), None)
+        return f"{_number(bounds.least)} to {_number(bounds.most)}" if bounds else _range(hint.__origin__)
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     parts = [part for part in get_args(hint) if part is not type(None)]

@@ -266,7 +266,7 @@ def free_port() -> int:
 def local_daemon() -> tuple[Path, str]:
     """Return the socket of the daemon on this machine, the user's own or the service's, and where its log is."""
     background = Background()
-    if SOCKET_VARIABLE not in os.environ and background.runs:
+    if not os.environ.get(SOCKET_VARIABLE) and background.runs:
         with contextlib.suppress(RKEdgeError):
             return background.settings.listen.socket or background.socket, str(background.log)
     return default_socket(), "journalctl -u rkedge"

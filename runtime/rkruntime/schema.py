@@ -44,9 +44,10 @@ class Between(NamedTuple):
 
 
 class Length(NamedTuple):
-    """The maximum length of a string in characters, as in `Annotated[str, Length(256)]`."""
+    """The length of a string in characters, as in `Annotated[str, Length(256)]`; with `least=1` it is not empty."""
 
     most: int
+    least: int = 0
 
 
 def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exception]) -> T:
@@ -57,8 +58,8 @@ def build(kind: type[T], data: Mapping[str, Any], fail: Callable[[str], Exceptio
 
     Raises:
         `fail`'s result for "KEY is missing", "unknown key KEY (did you mean NAME?)", "KEY is TYPE; it must be TYPE",
-        "KEY is NUMBER; it must be from NUMBER to NUMBER", "KEY is too large a number" or "KEY has NUMBER characters; it
-        may have NUMBER".
+        "KEY is NUMBER; it must be from NUMBER to NUMBER", "KEY is too large a number", "KEY has NUMBER characters; it
+        may have NUMBER" or "KEY is empty": an empty path would be the current folder.
     """
     value: T = _Builder(fail).dataclass(kind, data, "")
     return value
@@ -103,6 +104,8 @@ class _Builder:
         return value
 
     def _short(self, bounds: Length, text: str, where: str) -> str:
+        if len(text) < bounds.least:
+            raise self._fail(f"{where} is empty")
         if len(text) > bounds.most:
             raise self._fail(f"{where} has {len(text):,} characters; it may have {bounds.most:,}")
         return text
@@ -116,6 +119,8 @@ class _Builder:
             except OverflowError:
                 raise self._fail(f"{where} is too large a number") from None
         if kind is Path and isinstance(data, str):
+            if not data:
+                raise self._fail(f"{where} is empty; the current folder is a dot")
             return Path(data)
         if get_origin(kind) is Literal:
             raise self._fail(f"{where} is {str(data)[:80]!r}; it must be one of {', '.join(map(str, get_args(kind)))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -113,6 +114,20 @@ def test_an_address_is_nothing_else(url: str, tmp_path: Path) -> None:
     text = yaml.safe_dump({"groups": {"a": {"boards": {"b": {"ssh": "x", "url": url}}}}})
     with pytest.raises(UsageError, match="url"):
         read_inventory(put(tmp_path, text))
+
+
+@pytest.mark.parametrize("key", ["bundle", "library"])
+@pytest.mark.parametrize("level", [(), ("groups", "a"), ("groups", "a", "boards", "b")])
+def test_an_empty_path_does_not_take_back_what_another_level_says(
+    key: str, level: tuple[str, ...], tmp_path: Path
+) -> None:
+    text: dict[str, Any] = {"bundle": "x", "library": "y", "groups": {"a": {"boards": {"b": {"ssh": "x"}}}}}
+    place = text
+    for name in level:
+        place = place[name]
+    place[key] = ""
+    with pytest.raises(UsageError, match=f"{key} is empty"):
+        read_inventory(put(tmp_path, yaml.safe_dump(text)))
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:

@@ -216,6 +216,8 @@ def test_two_users_have_a_daemon_each(home: Path, monkeypatch: pytest.MonkeyPatc
         assert rkedge("chat", "--temperature", "0", text=f"{FIRST}\n").returncode == 0
         assert rkedge("down").stdout == "The daemon has ended.\n"
     assert Background().runs
+    monkeypatch.setenv("RKEDGE_SOCKET", "")
+    assert background.local_daemon()[0] == Background().socket
     assert (home / "state/rkedge/up").stat().st_mode & 0o077 == 0
 
 

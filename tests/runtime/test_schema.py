@@ -48,6 +48,7 @@ class Bounded:
     rates: tuple[Annotated[float, Between(0, 1.5)], ...] = ()
     other: Annotated[int, Between(0, 9)] | None = None
     text: Annotated[str, Length(3)] = ""
+    word: Annotated[str, Length(3, least=1)] | None = None
 
 
 def test_bounds() -> None:
@@ -63,6 +64,7 @@ def test_bounds() -> None:
         ({"count": "x"}, "count is str"),
         ({"text": "abcd"}, "text has 4 characters; it may have 3"),
         ({"text": 4}, "text is int"),
+        ({"word": ""}, "word is empty"),
     ):
         with pytest.raises(UsageError, match=message):
             build(Bounded, good | change, UsageError)
@@ -81,6 +83,7 @@ def test_bounds() -> None:
         ({"name": "x", "many": {}}, "many is dict; it must be a list"),
         ({"name": "x", "table": {"k": None}}, r"table\.k is NoneType"),
         ({"name": "x", "where": 3}, "where is int; it must be a path"),
+        ({"name": "x", "where": ""}, "where is empty; the current folder is a dot"),
         ({"name": "x", "mode": "c"}, "mode is 'c'; it must be one of a, b"),
         ({"name": None}, "name is NoneType"),
     ],

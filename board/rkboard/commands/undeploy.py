@@ -46,7 +46,7 @@ def run(destination: str, name: str | None, purge: bool, yes: bool) -> None:
         say(f"left: {one_line(item)}", err=True)
     if not gone:
         raise ServiceError(
-            f"{destination} says that {one_line(what)} was removed, but looking once more does not show it.",
-            hint=f"rkedge status {destination}",
+            f"{one_line(destination)} says that {one_line(what)} was removed, but looking once more does not show it.",
+            hint=f"rkedge status {one_line(destination)}",
         )
     say(f"Removed {what}.")

@@ -21,8 +21,8 @@ _SCHEME: Final = "http://"
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
 
 Fail: TypeAlias = Callable[[str], UsageError]
-_Text = Annotated[str, Length(256)]
-_Path = Annotated[str, Length(4096)]
+_Text = Annotated[str, Length(256, least=1)]
+_Path = Annotated[str, Length(4096, least=1)]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _entries(text: _InventoryText, folder: Path, fail: Fail) -> Iterator[Entry]:
 
 def _place(folder: Path, values: Sequence[str | None]) -> Path | None:
     nearest = next((value for value in values if value is not None), None)
-    return folder / Path(nearest).expanduser() if nearest else None
+    return None if nearest is None else folder / Path(nearest).expanduser()
 
 
 def _address(url: str | None, where: str, fail: Fail) -> tuple[str, int]:

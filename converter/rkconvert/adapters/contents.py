@@ -15,6 +15,14 @@ _PAIR_SIDES: Final = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"
 _HEAD: Final = HEAD.removesuffix(".weight")
 _EMBEDDING: Final = EMBEDDING.removesuffix(".weight")
 _USE_ITS_OWN: Final = "Its adapter_config.json was edited or belongs to another adapter: use the one saved with it."
+_NAME_THEM: Final = (
+    "Use the adapter_config.json that was saved with it; if another tool wrote one with a fixed list, name all of its"
+    " modules in target_modules."
+)
+_IN_ONE_WAY: Final = (
+    "peft merges such an adapter wrongly, or not at all: train each module in one way, and the two sides of a tied"
+    " embedding in the same. If its adapter_config.json was edited, use the one saved with it."
+)
 _NO_TARGETS: Final = "dummy-target-modules"  # what peft writes for an adapter without matrices
 
 
@@ -38,7 +46,7 @@ def check_contents(targets: Targets, found: Mapping[str, Container[str]]) -> tup
         raise AdapterError(
             f"The adapter has matrices for {unused[0]} ({len(unused)} such modules) that its settings do not"
             " target: peft would ignore them.",
-            hint=_USE_ITS_OWN,
+            hint=_NAME_THEM,
         )
     lacking = sorted(module for module, answer in wanted.items() if answer and module not in pairs)
     for module in lacking:
@@ -70,7 +78,7 @@ def _refuse_double(targets: Targets, wanted: Mapping[str, bool | None]) -> None:
         }
         named = [key for key, does in kinds.items() if does]
         if len(named) > 1:
-            raise AdapterError(f"The adapter's settings name {module} in {' and in '.join(named)}.", hint=_USE_ITS_OWN)
+            raise AdapterError(f"The adapter's settings name {module} in {' and in '.join(named)}.", hint=_IN_ONE_WAY)
         if len(saved := targets.saved_as(module)) > 1:
             raise AdapterError(
                 f"The adapter's settings name {saved[0]} in modules_to_save, and {saved[1]} in it: peft does not load"

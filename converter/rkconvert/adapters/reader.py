@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 _PREFIX: Final = "base_model.model."
 # Copies that peft saves beside the tensor itself when embeddings were trained or resized.
 _COPIES: Final = re.compile(r"(?P<module>.*)\.(original_module|modules_to_save)\.weight")
+# The adapter's name, which a state_dict that was saved without peft keeps: peft loads such names, too.
+_DEFAULT: Final = ".default"
 _PART: Final = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector(\.weight)?|token_adapter\.trainable_tokens_delta|token_adapter\.base_layer\.weight"
-    r"|base_layer\.weight|weight)"
+    r"(?P<module>.+?)\.(?P<part>lora_[AB](\.default)?\.weight|lora_B(\.default)?\.bias|lora_embedding_[AB](\.default)?"
+    r"|lora_magnitude_vector((\.default)?\.weight)?|token_adapter\.trainable_tokens_delta"
+    r"|token_adapter\.base_layer\.weight|base_layer\.weight|weight)"
 )
 _WHOLE_TENSORS: Final = ("weight", "base_layer", "token_adapter.base_layer")
 _EMBEDDINGS: Final = (EMBEDDING, HEAD)
@@ -144,7 +146,7 @@ def _group(weights: Weights) -> dict[str, dict[str, str]]:
         if match is None:
             raise AdapterError(f"The adapter has the tensor {name}, which no supported kind of LoRA has.")
         found = parts.setdefault(match["module"], {})
-        part = match["part"].removesuffix(".weight")
+        part = match["part"].removesuffix(".weight").replace(_DEFAULT, "")
         # peft writes a tied head's DoRA magnitudes under their older name too.
         if part in found and not _same(weights, found[part], name):
             raise AdapterError(f"The adapter has both {found[part]} and {name}, two values for one tensor.")

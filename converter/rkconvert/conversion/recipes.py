@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import click
 
@@ -17,10 +17,12 @@ from rkconvert.adapters.merged_model import AdapterSource
 from rkconvert.sources.hub import is_hub_id
 from rkruntime.errors import UsageError
 from rkruntime.resources import resource
-from rkruntime.schema import build
+from rkruntime.schema import Length, build
 from rkruntime.yamltext import read_mapping
 
 _SHIPPED: Final = "gemma-*.yaml"
+# As on the command line, no value is empty.
+_TEXT: Final = Annotated[str, Length(1 << 14, least=1)]
 # Values that name a folder, a file or a model on the hub.
 _SOURCES: Final = ("checkpoint", "lora")
 _KINDS: Final[dict[type[click.ParamType[Any]], Any]] = {
@@ -109,7 +111,7 @@ def kind_of(item: click.Parameter) -> Any:
     if isinstance(item.type, click.Choice):
         kind: Any = Literal[tuple(item.type.choices)]
     else:
-        kind = next((kind for of, kind in _KINDS.items() if isinstance(item.type, of)), str)
+        kind = next((kind for of, kind in _KINDS.items() if isinstance(item.type, of)), _TEXT)
     return tuple[kind, ...] if item.multiple else kind
 
 

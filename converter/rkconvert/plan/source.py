@@ -15,6 +15,8 @@ from rkconvert.tensors.tensor_files import INDEX, MODEL_FILES, find_files
 from rkruntime.errors import CheckpointError
 from rkruntime.files import read_error, readable
 
+# No model has so many; an index that says so is wrong.
+_MOST_BYTES: Final = 1 << 50
 _WHAT_TO_NAME: Final = "Name a folder with config.json, a config.json, or a hub id such as google/gemma-2-2b-it."
 
 
@@ -80,7 +82,8 @@ def _source(name: str, config_path: Path, index_path: Path | None, file_bytes: i
     if index_path is not None:
         metadata = read_json(index_path, CheckpointError).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
-        stored = int(total) if isinstance(total, int | float) and total > 0 else file_bytes
+        if isinstance(total, int | float) and not isinstance(total, bool) and 0 < total < _MOST_BYTES:
+            stored = int(total)
     notes: tuple[str, ...] = ()
     if config.get("quantization_config"):
         method = config["quantization_config"]

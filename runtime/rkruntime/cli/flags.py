@@ -111,7 +111,7 @@ def refuse_empty_values(command: click.Command) -> None:
 def _cast(item: click.Parameter, cast: Callable[[click.Context, Any], Any], ctx: click.Context, value: Any) -> Any:
     given = item.name and ctx.get_parameter_source(item.name) is click.core.ParameterSource.COMMANDLINE
     if given and (value == "" or (isinstance(value, list | tuple) and "" in value)):
-        here = " The current folder is a dot." if isinstance(item.type, click.Path) else ""
+        here = " The current folder is a dot." if isinstance(item.type, click.Path) and item.type.dir_okay else ""
         raise click.BadParameter(f"it is empty.{here}", ctx, item)
     return cast(ctx, value)
 

@@ -16,7 +16,7 @@ from rkruntime.engine.generation import RepeatPenalty, Sampling, Temperature, To
 from rkruntime.errors import UsageError
 from rkruntime.files import path_hint, read_regular
 from rkruntime.folders import own_folder
-from rkruntime.schema import Between, build, types_of
+from rkruntime.schema import Between, Length, build, types_of
 from rkruntime.serve.users import is_free, key_user
 from rkruntime.yamltext import MAX_FILE, read_mapping
 
@@ -38,6 +38,7 @@ _NAME_HINT: Final = (
 _Seconds = Annotated[float, Between(0, 1_000_000_000)]
 _Time = Annotated[float, Between(0.001, 1_000_000_000)]
 _Megabytes = Annotated[float, Between(0, 1 << 30)]
+_Word = Annotated[str, Length(256, least=1)]
 _Count = Annotated[int, Between(0, 1_000_000)]
 _Tokens = Annotated[int, Between(0, 1 << 20)]
 
@@ -59,7 +60,7 @@ class Listen:
 
     socket: Path | None = None
     socket_mode: str = "0660"
-    host: str = "127.0.0.1"
+    host: _Word = "127.0.0.1"
     port: int | None = None
     api_keys: Path | None = None
     origins: tuple[str, ...] = ()
@@ -172,7 +173,7 @@ class Settings:
 
     bundle: Path | None = None
     library: Path | None = None
-    release: str | None = None
+    release: _Word | None = None
     max_context: Context | None = None
     force: bool = False
     base_domain_id: Annotated[int, Between(0, 15)] | None = None
@@ -270,10 +271,10 @@ def default_socket() -> Path:
     named = os.environ.get(SOCKET_VARIABLE)
     if named:
         return Path(named)
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime is None or SYSTEM_SOCKET.exists() or os.access(SYSTEM_SOCKET.parent, os.W_OK):
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    if not runtime.is_absolute() or SYSTEM_SOCKET.exists() or os.access(SYSTEM_SOCKET.parent, os.W_OK):
         return SYSTEM_SOCKET
-    return Path(runtime) / "rkedge" / "rkedge.sock"
+    return runtime / "rkedge" / "rkedge.sock"
 
 
 def state_folder(kind: Literal["state", "cache"]) -> Path:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from safetensors.torch import load_file, save_file
@@ -299,6 +299,34 @@ def test_magnitudes_under_both_of_their_names(make_model, make_adapter, peft_mer
     save_file(twice | {f"{names[0]}.weight": tensors[names[0]] + 1}, adapter / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="two values for one tensor"):
         merged_model(open_checkpoint(base), [AdapterSource(str(adapter))])
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_names_of_a_state_dict_that_peft_did_not_save(make_model, make_adapter, lora):
+    """peft's own save_pretrained takes the adapter's name out; its loading knows both."""
+    base = make_model(tie_word_embeddings=False)
+    adapter = make_adapter(base, **{"target_modules": ["q_proj", "up_proj"]} | lora)
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).state_dict()
+    tensors = {name: tensor.clone() for name, tensor in live.items() if "lora_" in name}
+    assert all(".default" in name for name in tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    model = merged_model(open_checkpoint(base), [AdapterSource(str(adapter))])
+    for name, tensor in expected.state_dict().items():
+        # A step of bfloat16, in which the base is.
+        np.testing.assert_allclose(read_float32(model.weights, name), tensor.float().numpy(), rtol=2**-7, atol=1e-5)
+    kept = {name.replace(".default", ""): tensor + 1 for name, tensor in tensors.items()}
+    save_file({**tensors, **kept}, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="two values for one tensor"):
+        merged_model(open_checkpoint(base), [AdapterSource(str(adapter))])
+
+
+def test_a_combination_that_peft_saves_is_not_said_to_be_edited(make_model, make_adapter):
+    base = make_model()
+    adapter = make_adapter(base, target_modules=["q_proj", "lm_head"], trainable_token_indices=[3])
+    with pytest.raises(AdapterError, match="in target_modules and in trainable_token_indices") as caught:
+        merged_model(open_checkpoint(base), [AdapterSource(str(adapter))])
+    assert "train each module in one way" in caught.value.hint
 
 
 OWN_TOKENS = {

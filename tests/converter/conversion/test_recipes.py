@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from typing import Literal, get_origin
 
 import click
 import pytest
@@ -38,7 +39,7 @@ def example(item):
     kind = recipes.kind_of(item)
     repeated = getattr(kind, "__origin__", None) is tuple
     kind = kind.__args__[0] if repeated else kind
-    value = kind.__args__[-1] if hasattr(kind, "__args__") else VALUES[kind]
+    value = kind.__args__[-1] if get_origin(kind) is Literal else VALUES[getattr(kind, "__origin__", kind)]
     if isinstance(item.type, click.IntRange | click.FloatRange):
         value = kind((item.type.min + item.type.max) / 2)
     return [value, value] if repeated else value
@@ -137,6 +138,14 @@ def test_paths_begin_at_the_recipe_and_hub_ids_stay(recipe, parse, tmp_path):
 def test_wrong_recipes_name_the_key(recipe, parse, content, message):
     with pytest.raises(UsageError, match=rf"The recipe .*recipe\.yaml: .*{message}"):
         parse("x", "--recipe", recipe(content))
+
+
+@pytest.mark.parametrize("key", sorted(recipes.keys(convert)))
+def test_an_empty_value_is_refused_as_on_the_command_line(recipe, parse, tmp_path, key):
+    """An empty path would be the recipe's folder: what a program makes of a variable that is not set."""
+    values = {"checkpoint": str(tmp_path), key: [""] if recipes.keys(convert)[key].multiple else ""}
+    with pytest.raises(UsageError, match=rf"recipe\.yaml: {key}.* is "):
+        parse("--recipe", recipe(values))
 
 
 def test_a_weight_that_is_no_number_is_refused_as_on_the_command_line(recipe, parse):

@@ -31,6 +31,7 @@ from rkconvert.plan import ModelSource, PlanRequest, make_plan, plan_for, requir
 from rkconvert.plan.boards import GIB, board_names, find_board, usable_bytes
 from rkconvert.plan.domains import place
 from rkconvert.plan.page import render
+from rkconvert.plan.source import read_source
 from rkconvert.rules import quantized_types as dtypes
 from rkconvert.rules.context import choose_context
 from rkconvert.rules.type_names import parse_type
@@ -304,6 +305,16 @@ def test_what_convert_refuses_is_not_planned(tmp_path, case):
     with pytest.raises(CheckpointError) as by_plan:
         make_plan(PlanRequest(str(folder)))
     assert (by_plan.value.message, by_plan.value.hint) == (by_convert.value.message, by_convert.value.hint)
+
+
+@pytest.mark.parametrize("size", ["1e999", "1e300", "NaN", "-5", "true", '"5"', "0", "1" + "0" * 400, "[5]"])
+def test_a_size_that_no_model_has_is_not_taken(hub, model, size):
+    folder = model()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(f'{{"metadata": {{"total_size": {size}}}, "weight_map": {{}}}}')
+    hub(lambda name: folder / name)
+    for name in (str(folder), "google/gemma-2-2b-it"):
+        assert read_source(name).stored_bytes is None
 
 
 @pytest.mark.parametrize("where", ["file", "hub"])

@@ -55,6 +55,21 @@ def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> No
         load_settings(path)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bundle", "library", "release", "listen.socket", "listen.host", "listen.api_keys", "sessions.folder",
+        "prompt_cache.folder",
+    ],
+)  # fmt: skip
+def test_an_empty_value_is_not_the_current_folder(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "daemon.yaml"
+    room, _, name = key.rpartition(".")
+    path.write_text(f"{room}: {{{name}: ''}}" if room else f"{name}: ''")
+    with pytest.raises(UsageError, match=key.replace(".", r"\.") + " is empty"):
+        load_settings(path)
+
+
 def numbers(kind: Any, where: str = "") -> Iterator[tuple[str, bool]]:
     """The key of every number in the settings, and whether it must be whole."""
     for name, hint in get_type_hints(kind).items():
@@ -189,6 +204,16 @@ def test_the_socket_is_the_services_or_the_users(tmp_path: Path, monkeypatch: py
     assert default_socket() == tmp_path / "run" / "rkedge.sock"
     monkeypatch.setenv("RKEDGE_SOCKET", "/mine")
     assert default_socket() == Path("/mine")
+
+
+@pytest.mark.parametrize("runtime", ["", "user"])
+def test_a_variable_that_names_no_folder_is_not_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
+    monkeypatch.setattr(settings, "SYSTEM_SOCKET", tmp_path / "run" / "rkedge.sock")
+    monkeypatch.setenv("RKEDGE_SOCKET", "")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+    assert default_socket() == tmp_path / "run" / "rkedge.sock"
 
 
 def test_systemd_names_the_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
