@@ -66,7 +66,7 @@ def test_boards_that_cannot_answer_for_each_other(
         path = inventory(tmp_path, bundles["base"], PORTS)
         text = json.loads(path.read_text())
         text["groups"]["all"]["boards"]["board-3"] = {"ssh": "x", "url": "http://h:1", **board}
-        if board.get("bundle") == "":
+        if not board.get("bundle", "there"):
             del text["bundle"]
         path.write_text(json.dumps(text))
         status = cli.main(["fleet", "proxy", str(path), "--for", program])
@@ -83,7 +83,8 @@ def test_boards_that_cannot_answer_for_each_other(
     for program in ("nginx", "litellm"):
         assert "Two different bundles are called base" in refused({"bundle": str(twin)}, program)
         assert "where a proxy reaches" in refused({"url": None}, program)
-        assert "names no bundle" in refused({"bundle": ""}, program)
+        assert "names no bundle" in refused({"bundle": None}, program)
+        assert "bundle is empty" in refused({"bundle": ""}, program)
 
 
 @needs_nginx

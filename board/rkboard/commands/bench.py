@@ -13,7 +13,7 @@ import click
 
 from rkboard.bench.remote import Place, measure_there, until_eof
 from rkboard.bench.table import markdown
-from rkruntime.cli.flags import Decorated, json_option, quiet_option
+from rkruntime.cli.flags import Decorated, MayBeEmpty, json_option, quiet_option
 from rkruntime.cli.options import open_for_person, runtime_options
 from rkruntime.commands.chat import BundleOrHost
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, given
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rkboard.bench.session import Wanted
 
 
-class _Numbers(click.ParamType):  # type: ignore[type-arg]  # not generic in earlier releases of click
-    """Numbers of tokens, separated by commas; a list without duplicates."""
+class _Numbers(MayBeEmpty, click.ParamType):  # type: ignore[type-arg]  # not generic in earlier releases of click
+    """Numbers of tokens, separated by commas; a list without duplicates, perhaps empty."""
 
     name = "numbers"
 

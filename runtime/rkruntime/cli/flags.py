@@ -23,8 +23,12 @@ class Number(click.FloatRange):
         return number
 
 
-class _Text(click.types.StringParamType):
-    """A text that may be empty; any other value on a command line may not."""
+class MayBeEmpty:
+    """A type of option that takes an empty value. Others do not: see `refuse_empty_values`."""
+
+
+class _Text(MayBeEmpty, click.types.StringParamType):
+    """A text that may be empty."""
 
 
 TEXT: Final = _Text()
@@ -97,12 +101,12 @@ def asks_for_json(command: click.Command, words: Sequence[str]) -> bool:
 
 
 def refuse_empty_values(command: click.Command) -> None:
-    """Let a command, and those in it, refuse an empty value of an argument or option, unless its type is TEXT.
+    """Let a command, and those in it, refuse an empty value of an argument or option, unless it may be empty.
 
     An empty path would be the current folder: what a shell makes of a variable that is not set.
     """
     for item in command.params:
-        if not isinstance(item.type, _Text | click.types.UnprocessedParamType):
+        if not isinstance(item.type, MayBeEmpty | click.types.UnprocessedParamType):
             item.type_cast_value = partial(_cast, item, item.type_cast_value)  # type: ignore[method-assign]
     for inner in command.commands.values() if isinstance(command, click.Group) else ():
         refuse_empty_values(inner)
