@@ -132,9 +132,8 @@ class Background:
         heard = time.monotonic()
         asked = self._process is not None  # a daemon started here loads its model unasked
         while True:
-            if self._process is not None:
-                self._process.poll()
             if not self.runs:
+                self._reap()
                 raise ServiceError(
                     "The daemon ended before the model was loaded.", hint=self._look, details=self._last_lines()
                 )
@@ -197,10 +196,15 @@ class Background:
                     f"The daemon was killed, but its process {asked} does not end.",
                     hint="It may wait for the NPU's driver: restart the machine.",
                 )
-            if self._process is not None:
-                self._process.poll()
             time.sleep(_TICK_S)
+        self._reap()
         return asked is not None
+
+    def _reap(self) -> None:
+        """Wait for a daemon started here that no longer holds its lock, so that it does not stay as a zombie."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_PATIENCE_S)
 
     def _allowed_s(self) -> float:
         try:
