@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.chat.repl import Note, Turn
 from rkruntime.engine.generation import FinishReason, Request
-from rkruntime.errors import ContextFullError, RKEdgeError
+from rkruntime.errors import ContextFullError, RKEdgeError, WorkerError
 from rkruntime.stop import Stop
 from rkruntime.text.answer import Answer, AnswerReader
 from rkruntime.text.conversation import Conversation
@@ -20,6 +21,8 @@ from rkruntime.words import counted, dropped_turns
 
 if TYPE_CHECKING:
     from rkruntime.engine.engine import Engine
+
+log = logging.getLogger("rkedge")
 
 
 class Load(Protocol):
@@ -131,6 +134,7 @@ class LocalChat:
     def _running_engine(self, stop: Stop) -> Engine:
         if self._engine is None or not self._engine.alive:
             if self._engine is not None:
+                _say_why(self._engine)
                 self._engine.close()
             self._engine = self._load(stop=stop)
             self._max_context = self._engine.info.max_context
@@ -190,3 +194,13 @@ class LocalChat:
         self._prompts.close()
         if self._engine is not None:
             self._engine.close()
+
+
+def _say_why(engine: Engine) -> None:
+    """Log why the worker of an engine is gone, unless it was stopped."""
+    try:
+        engine.check()
+    except WorkerError as error:
+        log.warning("%s The model is loaded again.", error.message)
+    except RKEdgeError:
+        pass

@@ -89,6 +89,17 @@ class WorkerConnection:
             self.worker.drain_log()
         return tuple(self.worker.log)
 
+    def look(self) -> None:
+        """Notice that the worker has died since the last run. Call it only between runs."""
+        if not self.worker.owner.here or not self._turn.acquire(blocking=False):  # who uses it notices it anyway
+            return
+        try:
+            if self.gone is None and not self.closing and not self.closed and self.worker.exited:
+                with contextlib.suppress(RKEdgeError), self.explained():
+                    raise self.worker.crashed()
+        finally:
+            self._turn.release()
+
     def check(self) -> None:
         """Raise the error of a worker that is gone, or RunError if it was closed or belongs to another process."""
         self.worker.owner.check()

@@ -164,12 +164,18 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the worker lives. Once it does not, every call raises the reason."""
+        self._look()
         connection = self._connection
         return not (connection.closing or connection.closed) and connection.gone is None
 
     def check(self) -> None:
         """Raise WorkerError, the reason why the worker is gone, or RunError for a model that was closed."""
+        self._look()
         self._connection.check()
+
+    def _look(self) -> None:
+        if not self.running:  # the reader of a run notices it, after the records that are still in the pipe
+            self._connection.look()
 
     @property
     def peak_memory(self) -> int:

@@ -153,6 +153,11 @@ class Host:
         """The model, if loaded."""
         return self._model
 
+    @property
+    def dead(self) -> bool:
+        """Whether the model's worker has died since its last run."""
+        return self._model is not None and not self._model.engine.alive
+
     async def model(self) -> Model:
         """Return the model, loading it if necessary.
 
@@ -161,7 +166,11 @@ class Host:
             RKEdgeError: The load failed.
         """
         if self._model is not None:
-            return self._model
+            try:
+                self._model.engine.check()
+                return self._model
+            except RKEdgeError as error:  # it died since its last run, perhaps killed for its memory
+                await self.lost(error)
         if self._loading is None:
             await self._pause()
         self._stop.check()

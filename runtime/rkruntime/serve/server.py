@@ -343,7 +343,7 @@ class Daemon:
             server.stop()
 
     async def _load(self) -> None:
-        """Load the model before the first request. Errors appear in the log, in /ready and in answers."""
+        """Load the model unless it is loaded. Errors appear in the log, in /ready and in answers."""
         with contextlib.suppress(RKEdgeError):
             async with self.service.queue.turn(DAEMON):
                 await self.service.host.model()
@@ -362,6 +362,8 @@ class Daemon:
                     cast("Connection", connection).check_writing()
             if self.service.settings.idle_unload_s:  # not waited for, as a model may hang while it is closed
                 self._start_task(self.service.unload_if_idle)
+            if self.service.host.dead and not self.service.queue.busy:
+                self._start_task(self._load)
 
     async def reload(self) -> None:
         """Read the settings again. If they are invalid, the old ones stay in force; sockets stay as they are.

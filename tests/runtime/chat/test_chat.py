@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tests.forced import wait_until
 
 from rkruntime.bundle.manifest import Bundle
 from rkruntime.chat.localchat import LocalChat
@@ -290,6 +291,24 @@ def test_ctrl_c_once_ends_a_run_that_hangs_in_a_while(
     person.join()
     assert "did not respond for 0.3 seconds and was killed" in capsys.readouterr().err
     assert len(chat._conversation.messages) == 2
+
+
+def test_a_worker_that_dies_while_nothing_is_asked(
+    hanging: Callable[..., LocalChat], caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = hanging("", "")
+
+    def lines() -> Iterator[str]:
+        yield "hello"
+        assert chat._engine is not None
+        worker = chat._engine._connection.worker
+        os.kill(worker.process.pid, signal.SIGKILL)
+        wait_until(lambda: worker.exited)
+        yield "again"
+
+    Repl(chat, Typed(lines())).run()
+    assert [item.content for item in chat._conversation.messages if item.role == "user"] == ["hello", "again"]
+    assert "crashed (SIGKILL). The model is loaded again." in caplog.text
 
 
 def test_ctrl_c_stops_a_reload(hanging: Callable[..., LocalChat], capsys: pytest.CaptureFixture[str]) -> None:

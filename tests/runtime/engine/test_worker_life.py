@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forced import wait_until
 from tests.runtime.engine.misbehaviour import REQUEST, Misbehaving, works
 
 from rkruntime.engine.engine import Engine
@@ -179,6 +180,29 @@ def test_a_killed_worker(misbehaving: Misbehaving, worker_of: Callable[[Engine],
         os.kill(worker_of(engine), signal.SIGKILL)
         with pytest.raises(WorkerCrashedError, match="SIGKILL"):
             engine.cache_sizes()
+
+
+def test_a_worker_that_dies_between_runs_is_noticed_without_one(
+    misbehaving: Misbehaving, worker_of: Callable[[Engine], int]
+) -> None:
+    with Engine.load(misbehaving("")) as engine:
+        assert engine.alive
+        engine.check()
+        os.kill(worker_of(engine), signal.SIGKILL)
+        wait_until(lambda: not engine.alive)
+        for _ in range(2):
+            with pytest.raises(WorkerCrashedError, match="SIGKILL"):
+                engine.check()
+    # While a run is read, what has arrived before the worker's end counts: only its reader ends the worker.
+    with Engine.load(misbehaving("", us=100_000, tokens=1000)) as engine:
+        events = engine.generate(REQUEST)
+        next(events)
+        os.kill(worker_of(engine), signal.SIGKILL)
+        wait_until(lambda: engine._connection.worker.process.poll() is not None)
+        assert engine.alive
+        with pytest.raises(WorkerCrashedError, match="SIGKILL"):
+            list(events)
+        assert not engine.alive
 
 
 @pytest.mark.parametrize(("kills", "word"), [((7, 7), "Something other"), ((None, None), "dmesg"), ((7, 8), "memory")])

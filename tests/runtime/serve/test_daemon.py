@@ -171,6 +171,23 @@ def test_a_crashed_worker_is_an_error_and_then_a_new_worker(start_daemon: Callab
     assert text_of(events) == QA[FIRST]
 
 
+@pytest.mark.parametrize("soon", [True, False])
+def test_a_worker_that_dies_between_two_answers_costs_no_answer(start_daemon: Callable[..., Any], soon: bool) -> None:
+    """Killed for its memory, for example. The next question need not notice it: the model is loaded again anyway."""
+    daemon = start_daemon(port=False)
+    assert daemon.ask("Does it work?") == QA["Does it work?"]
+    (worker,) = daemon.workers()
+    os.kill(worker, signal.SIGKILL)
+    daemon.wait_until(lambda: daemon.workers() != [worker])
+    if not soon:
+        daemon.wait_until(lambda: daemon.metric("rkedge_worker_restarts") == 1)
+        daemon.wait_until(lambda: daemon.request("GET", "/ready")[0] == 200)
+        assert daemon.workers()
+    assert daemon.ask("Does it work?") == QA["Does it work?"]
+    assert daemon.metric("rkedge_worker_restarts") == 1
+    assert daemon.log.count("crashed (SIGKILL)") == 1
+
+
 def test_a_hanging_worker_is_ended(start_daemon: Callable[..., Any]) -> None:
     daemon = start_daemon("limits: {token_s: 1}", port=False)
     (worker,) = daemon.workers()

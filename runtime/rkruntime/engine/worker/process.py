@@ -118,6 +118,8 @@ class WorkerProcess:
         self._poll = select.poll()
         self._poll.register(self._records, select.POLLIN)
         self._poll.register(self._log, select.POLLIN)
+        self._exit = select.poll()
+        self._exit.register(self._records, 0)
 
     @property
     def records_fd(self) -> int:
@@ -133,6 +135,11 @@ class WorkerProcess:
     def ended(self) -> bool:
         """Whether the process is known to be gone."""
         return self.process.returncode is not None
+
+    @property
+    def exited(self) -> bool:
+        """Whether the worker has exited: its pipe shows that before the process above it is gone."""
+        return self.process.poll() is not None or bool(self._exit.poll(0))
 
     def send(self, command: Sequence[bytes | memoryview]) -> None:
         """Send a command (see protocol.pack_command), from any thread.
