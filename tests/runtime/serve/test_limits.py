@@ -186,11 +186,16 @@ def test_embeddings_after_many_failures_that_are_not_in_a_row(start_daemon: Call
         status, _, _ = daemon.request("POST", "/v1/embeddings", {"input": "What"})
         return int(status)
 
+    def dead() -> bool:
+        return worker not in daemon.workers()
+
     for _ in range(6):
         assert embedding() == 200
         (worker,) = daemon.workers()
         os.kill(worker, signal.SIGKILL)
-        assert embedding() == 502
+        daemon.wait_until(dead)
+    assert embedding() == 200
+    assert daemon.metric("rkedge_worker_restarts") == 6
 
 
 def test_embeddings_have_a_time_limit(start_daemon: Callable[..., Any]) -> None:
