@@ -102,7 +102,7 @@ class Runs:
                     if self._connection.closing:
                         raise closed_meanwhile()
                     yield record.batch, event
-            except Exception as error:
+            except Exception as error:  # whatever it is, the run must not go on
                 mine.over = True
                 if isinstance(error, WorkerProtocolError):
                     self._worker.end(grace=0)  # nothing more is asked of it

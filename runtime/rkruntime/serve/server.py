@@ -362,6 +362,7 @@ class Daemon:
                     cast("Connection", connection).check_writing()
             if self.service.settings.idle_unload_s:  # not waited for, as a model may hang while it is closed
                 self._start_task(self.service.unload_if_idle)
+            # A request would notice it, too, but /ready and a long load should not wait for one.
             if self.service.host.dead and not self.service.queue.busy:
                 self._start_task(self._load)
 

@@ -157,7 +157,7 @@ class AsyncRecords:
                             break
             if self._failed is not None:
                 raise self._failed
-        except Exception:
+        except Exception:  # what has come before an error counts
             if events and not take(events):
                 return False
             raise
