@@ -92,6 +92,11 @@ class FakeEngine:
         """True until it is closed."""
         return not self.closed
 
+    @property
+    def lost(self) -> bool:
+        """True once it is closed."""
+        return self.closed
+
     def check(self) -> None:
         """Raise RunError if the engine is closed."""
         if self.closed:

@@ -168,6 +168,13 @@ class Engine:
         connection = self._connection
         return not (connection.closing or connection.closed) and connection.gone is None
 
+    @property
+    def lost(self) -> bool:
+        """Whether the worker is gone, as far as is known. Unlike `alive`, this never waits for what is left of it."""
+        connection = self._connection
+        unused = not (self.running or connection.closed)
+        return connection.gone is not None or (unused and connection.worker.exited)
+
     def check(self) -> None:
         """Raise WorkerError, the reason why the worker is gone, or RunError for a model that was closed."""
         self._look()

@@ -155,8 +155,8 @@ class Host:
 
     @property
     def dead(self) -> bool:
-        """Whether the model's worker has died since its last run."""
-        return self._model is not None and not self._model.engine.alive
+        """Whether the model's worker has died since its last run, perhaps killed for its memory."""
+        return self._model is not None and self._model.engine.lost
 
     async def model(self) -> Model:
         """Return the model, loading it if necessary.
@@ -165,11 +165,13 @@ class Host:
             ServiceError: A load failed recently and the next attempt is some time away, or the daemon is stopping.
             RKEdgeError: The load failed.
         """
-        if self._model is not None:
+        model = self._model
+        if model is not None:
             try:
-                self._model.engine.check()
-                return self._model
-            except RKEdgeError as error:  # it died since its last run, perhaps killed for its memory
+                if self.dead:
+                    await in_thread(model.engine.check)  # which ends what is left of the worker
+                return model
+            except RKEdgeError as error:
                 await self.lost(error)
         if self._loading is None:
             await self._pause()

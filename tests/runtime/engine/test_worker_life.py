@@ -187,9 +187,12 @@ def test_a_worker_that_dies_between_runs_is_noticed_without_one(
 ) -> None:
     with Engine.load(misbehaving("")) as engine:
         assert engine.alive
+        assert not engine.lost
         engine.check()
         os.kill(worker_of(engine), signal.SIGKILL)
-        wait_until(lambda: not engine.alive)
+        wait_until(lambda: engine.lost)
+        assert not engine.alive
+        assert engine.lost
         for _ in range(2):
             with pytest.raises(WorkerCrashedError, match="SIGKILL"):
                 engine.check()
@@ -200,6 +203,7 @@ def test_a_worker_that_dies_between_runs_is_noticed_without_one(
         os.kill(worker_of(engine), signal.SIGKILL)
         wait_until(lambda: engine._connection.worker.process.poll() is not None)
         assert engine.alive
+        assert not engine.lost
         with pytest.raises(WorkerCrashedError, match="SIGKILL"):
             list(events)
         assert not engine.alive
