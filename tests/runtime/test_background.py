@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,15 +284,13 @@ def worker_of(home: Path) -> int:
 
 @pytest.mark.parametrize("lost", ["unloaded", "crashed"])
 def test_up_brings_back_a_model_that_is_not_loaded_any_more(home: Path, lost: str) -> None:
-    """As after `ollama stop`, and after a crash that somebody's question met."""
+    """As after `ollama stop`, and after a crash, which the daemon may or may not have noticed by itself."""
     assert rkedge("up", "plain", "--no-chat").returncode == 0
     pid = daemon_pid(home)
     if lost == "unloaded":
         assert b"unload" in post("/api/generate", {"model": "x", "keep_alive": 0})
     else:
         os.kill(worker_of(home), signal.SIGKILL)
-        with pytest.raises(urllib.error.HTTPError):
-            post("/api/generate", {"model": "x", "prompt": FIRST})
     up = rkedge("up", "plain", text=f"{FIRST}\n")
     assert up.returncode == 0, up.stderr
     assert up.stdout

@@ -34,6 +34,8 @@ log = logging.getLogger("rkedge")
 _BACKOFF: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 # Most seconds that a client waits for the next attempt; otherwise it is told when to come back.
 _PATIENCE: Final = 5.0
+# Seconds after a load that failed until the daemon tries again by itself.
+_RETRY_S: Final = 60.0
 
 
 def load_model(settings: Settings, stop: Stop) -> Model:
@@ -133,6 +135,10 @@ class Host:
         self._stop = Stop()
         self._failures = 0
         self._next_try = 0.0
+        # When the model is `due` again.
+        self._due_at = 0.0
+        # Whether the settings or a request asked for the model, and nobody has unloaded it since.
+        self._wanted = settings.load_at_start
         # The folder that `settings.bundle` named at the last load with it, if there was one.
         self._loaded_from: Path | None = None
         self.loaded_with: Settings | None = None
@@ -154,9 +160,14 @@ class Host:
         return self._model
 
     @property
-    def dead(self) -> bool:
-        """Whether the model's worker has died since its last run, perhaps killed for its memory."""
-        return self._model is not None and self._model.engine.lost
+    def due(self) -> bool:
+        """Whether the model should be loaded now, without waiting for a request, which /ready may keep away.
+
+        Its worker died, perhaps killed for its memory, or a load failed a minute ago.
+        """
+        if not self._wanted or self._loading is not None or time.monotonic() < self._due_at:
+            return False
+        return self._model is None or self._model.engine.lost
 
     async def model(self) -> Model:
         """Return the model, loading it if necessary.
@@ -165,14 +176,10 @@ class Host:
             ServiceError: A load failed recently and the next attempt is some time away, or the daemon is stopping.
             RKEdgeError: The load failed.
         """
-        model = self._model
-        if model is not None:
-            try:
-                if self.dead:
-                    await in_thread(model.engine.check)  # which ends what is left of the worker
-                return model
-            except RKEdgeError as error:
-                await self.lost(error)
+        self._wanted = True
+        await self._look()
+        if self._model is not None:
+            return self._model
         if self._loading is None:
             await self._pause()
         self._stop.check()
@@ -180,6 +187,29 @@ class Host:
             self._loading = asyncio.create_task(self._load_now())
         # A client that disconnects does not stop a load that others wait for.
         return await asyncio.shield(self._loading)
+
+    async def bring_back(self) -> None:
+        """Load the model if it is `due`. Raises what `model` raises, but a failure makes no request wait.
+
+        The pauses are for clients that ask again and again. Whoever has mended the cause should not meet one.
+        """
+        await self._look()
+        if not self.due:
+            return
+        failures = self._failures
+        try:
+            await self.model()
+        except RKEdgeError:
+            self._failures = failures
+            raise
+
+    async def _look(self) -> None:
+        """Drop a worker that has died since its last run."""
+        if self._model is not None and self._model.engine.lost:
+            try:
+                await in_thread(self._model.engine.check)  # which ends what is left of it
+            except RKEdgeError as error:
+                await self.lost(error)
 
     async def _pause(self) -> None:
         wait = self._next_try - time.monotonic()
@@ -206,6 +236,7 @@ class Host:
                     "The daemon is stopping, so it loads no model.", hint="Ask again when it is back."
                 ) from error
             self._failed(error)
+            self._due_at = time.monotonic() + _RETRY_S
             raise
         finally:
             self._loading = None
@@ -218,17 +249,18 @@ class Host:
         self._failures += 1
         self._next_try = time.monotonic() + _BACKOFF[min(self._failures, len(_BACKOFF)) - 1]
         self.error = error
-        log.error("%s: %s", type(error).__name__, error.message)
+        log.error("%s: %s %s", type(error).__name__, error.message, error.hint)
 
     def succeeded(self) -> None:
         """Reset the count of failures, because an answer or an embedding was completed."""
         self._failures = 0
 
     async def lost(self, error: RKEdgeError) -> None:
-        """Drop a worker that is gone, so that the next request starts a new one."""
+        """Drop a worker that is gone; a new one is started when it is `due`, or for the next request."""
         self._failed(error)
+        self._due_at = self._next_try
         self.restarts += 1
-        await self.unload()
+        await self._drop()
 
     def stop(self) -> None:
         """Stop the current load, and do not start another."""
@@ -242,7 +274,11 @@ class Host:
         await self.unload()
 
     async def unload(self) -> None:
-        """Unload the model, which frees the NPU."""
+        """Unload the model, which frees the NPU, until somebody asks for it again."""
+        self._wanted, self.error = False, None
+        await self._drop()
+
+    async def _drop(self) -> None:
         model, self._model = self._model, None
         if model is not None:
             await in_thread(model.close)
@@ -276,12 +312,12 @@ class Host:
         except RKEdgeError:
             self.settings = before
             raise
-        was_loaded = self._model is not None
+        wanted = self._wanted
         self.settings, self._loaded_from = settings, None
         await self.unload()
         self._failures, self._next_try, self.error = 0, 0.0, None
         self.name = await in_thread(_name, settings)
-        if not was_loaded and not settings.load_at_start:
+        if not wanted and not settings.load_at_start:
             return
         try:
             await self.model()

@@ -346,7 +346,7 @@ class Daemon:
         """Load the model unless it is loaded. Errors appear in the log, in /ready and in answers."""
         with contextlib.suppress(RKEdgeError):
             async with self.service.queue.turn(DAEMON):
-                await self.service.host.model()
+                await self.service.host.bring_back()
 
     async def _tick(self) -> None:
         beat = systemd.watchdog_s()
@@ -362,8 +362,8 @@ class Daemon:
                     cast("Connection", connection).check_writing()
             if self.service.settings.idle_unload_s:  # not waited for, as a model may hang while it is closed
                 self._start_task(self.service.unload_if_idle)
-            # A request would notice it, too, but /ready and a long load should not wait for one.
-            if self.service.host.dead and not self.service.queue.busy:
+            # A request would load it, too, but whoever looks at /ready may send none before.
+            if self.service.host.due and not self.service.queue.busy:
                 self._start_task(self._load)
 
     async def reload(self) -> None:

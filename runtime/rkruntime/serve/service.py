@@ -196,7 +196,7 @@ class Service:
         return model
 
     async def _prepared(self, model: Model, work: Callable[..., T], *args: object) -> T:
-        """Run `work`, which makes a prompt, in a thread. If the process is lost, the next request reloads the model."""
+        """Run `work`, which makes a prompt, in a thread. If the process is lost, the model is loaded again."""
         try:
             return await in_thread(work, *args, stop=model.prompts.hurry)
         except RKEdgeError as error:

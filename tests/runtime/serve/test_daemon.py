@@ -164,6 +164,9 @@ def test_a_crashed_worker_is_an_error_and_then_a_new_worker(start_daemon: Callab
             break
     assert b'"type":"error"' in seen
     one.close()
+    # Whoever looks at /ready before a request is served again, too.
+    daemon.wait_until(lambda: daemon.request("GET", "/ready")[0] == 200)
+    assert daemon.workers() not in ([], [worker])
     assert daemon.ask("Does it work?") == QA["Does it work?"]
     assert daemon.metric("rkedge_worker_restarts") == 1
     # What there was of the answer is kept, and can be taken up.
@@ -186,6 +189,18 @@ def test_a_worker_that_dies_between_two_answers_costs_no_answer(start_daemon: Ca
     assert daemon.ask("Does it work?") == QA["Does it work?"]
     assert daemon.metric("rkedge_worker_restarts") == 1
     assert daemon.log.count("crashed (SIGKILL)") == 1
+
+
+def test_a_worker_that_is_killed_again_and_again(start_daemon: Callable[..., Any]) -> None:
+    """Each time a moment after its load, which takes longer pauses each time, and without a request."""
+    daemon = start_daemon(port=False)
+    for kill in (1, 2, 3):
+        (worker,) = daemon.workers()
+        os.kill(worker, signal.SIGKILL)
+        daemon.wait_until(lambda count=kill: daemon.metric("rkedge_worker_restarts") == count)
+        daemon.wait_until(lambda: daemon.request("GET", "/status")[2]["state"] == "ready")
+    assert daemon.ask("Does it work?") == QA["Does it work?"]
+    assert daemon.metric("rkedge_worker_restarts") == 3
 
 
 def test_a_hanging_worker_is_ended(start_daemon: Callable[..., Any]) -> None:

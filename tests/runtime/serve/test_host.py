@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.errors import ServiceError, UsageError
+from rkruntime.errors import ServiceError, UsageError, WorkerError
+from rkruntime.serve import host as host_module
 from rkruntime.serve.host import Host
 from rkruntime.serve.settings import Settings, read_keys
 
@@ -43,6 +44,43 @@ def test_a_reload_while_a_model_is_loaded_for_a_client_that_has_gone(tmp_path: P
         await host.close()
 
     asyncio.run(reload())
+
+
+def test_a_model_that_could_not_be_loaded_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a request, which a proxy that looks at /ready never sends; and no request has to wait for it."""
+    problem: list[Exception] = [WorkerError("no memory")]
+
+    def load(*_: Any) -> Any:
+        if problem:
+            raise problem[0]
+        manifest = SimpleNamespace(name="fake")
+        return SimpleNamespace(
+            bundle=SimpleNamespace(manifest=manifest), close=lambda: None, engine=SimpleNamespace(lost=False)
+        )
+
+    async def fail(host: Host) -> None:
+        with pytest.raises(WorkerError):
+            await host.bring_back()
+
+    async def main() -> None:
+        host = Host(Settings(), load)
+        assert host.due
+        await fail(host)
+        assert not host.due
+        await host.bring_back()
+        monkeypatch.setattr(host_module, "_RETRY_S", 0.0)
+        host = Host(Settings(), load)
+        for _ in range(10):
+            assert host.due
+            await fail(host)
+        problem.clear()
+        await asyncio.wait_for(host.model(), 1)
+        assert not host.due
+        await host.unload()
+        assert (host.due, host.state) == (False, "unloaded")
+        assert not Host(Settings(load_at_start=False), load).due
+
+    asyncio.run(main())
 
 
 def test_a_stop_ends_a_build_of_the_emulator(
