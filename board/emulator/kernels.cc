@@ -28,7 +28,8 @@ extern const Kernels kI8mmKernels;
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> tables{&kPlainKernels};
 #if defined(RKEMU_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2")) tables.push_back(&kAvx2Kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    tables.push_back(&kAvx2Kernels);
 #endif
 #if defined(RKEMU_HAVE_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

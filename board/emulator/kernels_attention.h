@@ -3,31 +3,19 @@
 // tiles of queries and keys, or of queries and a part of the values, stay in registers.
 //
 // The terms that a query adds up, and their order, do not depend on the other queries: scores are
-// added as in dot(), values by position.
+// added in lanes as in dot(), values by position.
 #pragma once
 
-#include "kernels_float.h"
-#include "kernels_unroll.h"
+#include "kernels_lanes.h"
 
 namespace rkemu {
 namespace {
-
-// A vector of floats that may alias any array of floats.
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
 #if defined(__AVX512F__)
 constexpr int kTile = 4;  // 16 sums of a register each
 #else
 constexpr int kTile = 2;
 #endif
-
-inline const Lanes& lanes_at(const float* from) {
-  return *reinterpret_cast<const Lanes*>(from);
-}
-
-inline Lanes& lanes_at(float* to) {
-  return *reinterpret_cast<Lanes*>(to);
-}
 
 // The parts of Attention::room. Rows have `width` floats: head_dim, padded with zeros.
 struct Workplace {
@@ -76,7 +64,8 @@ inline void store_sums(const Lanes (&of)[kTile], float scale, float* to) {
   const auto folded = [](__m512 a, __m512 b) {  // halves onto halves
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
   };
-  const __m512 two = folded(of[0], of[1]), others = folded(of[2], of[3]);
+  const __m512 two = folded(of[0].parts[0], of[1].parts[0]);
+  const __m512 others = folded(of[2].parts[0], of[3].parts[0]);
   __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(two, others, 0x88),
                               _mm512_shuffle_f32x4(two, others, 0xDD));
   sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4E));
@@ -89,7 +78,7 @@ inline void store_sums(const Lanes (&of)[kTile], float scale, float* to) {
 #else
 inline void store_sums(const Lanes (&of)[kTile], float scale, float* to) {
   float lanes[kTile][kLanes];
-  RKEMU_UNROLL for (int j = 0; j < kTile; ++j) lanes_at(lanes[j]) = of[j];
+  RKEMU_UNROLL for (int j = 0; j < kTile; ++j) store_lanes(of[j], lanes[j]);
   for (int j = 0; j < kTile; ++j) to[j] = sum_lanes(lanes[j]) * scale;
 }
 #endif
@@ -102,10 +91,10 @@ void score_tile(const float* q, const float* keys, size_t width, float scale, fl
   for (size_t i = 0; i < width; i += kLanes) {
     Lanes key[kTile];
     RKEMU_UNROLL for (int j = 0; j < kTile; ++j) key[j] =
-        lanes_at(keys + static_cast<size_t>(j) * width + i);
+        load_lanes(keys + static_cast<size_t>(j) * width + i);
     RKEMU_UNROLL for (int n = 0; n < kQueries; ++n) {
-      const Lanes query = lanes_at(q + static_cast<size_t>(n) * width + i);
-      RKEMU_UNROLL for (int j = 0; j < kTile; ++j) sums[n][j] += query * key[j];
+      const Lanes query = load_lanes(q + static_cast<size_t>(n) * width + i);
+      RKEMU_UNROLL for (int j = 0; j < kTile; ++j) add_products(query, key[j], sums[n][j]);
     }
   }
   RKEMU_UNROLL for (int n = 0; n < kQueries; ++n)
@@ -131,20 +120,20 @@ void mix_tile(const float* scores, size_t seen, const float* values, size_t widt
   Lanes sums[kQueries][kVectors];
   RKEMU_UNROLL for (int n = 0; n < kQueries; ++n) {
     RKEMU_UNROLL for (int v = 0; v < kVectors; ++v) sums[n][v] =
-        lanes_at(out + static_cast<size_t>(n) * width + v * kLanes);
+        load_lanes(out + static_cast<size_t>(n) * width + v * kLanes);
   }
   for (int j = 0; j < count; ++j) {
     Lanes value[kVectors];
     RKEMU_UNROLL for (int v = 0; v < kVectors; ++v) value[v] =
-        lanes_at(values + static_cast<size_t>(j) * width + v * kLanes);
+        load_lanes(values + static_cast<size_t>(j) * width + v * kLanes);
     RKEMU_UNROLL for (int n = 0; n < kQueries; ++n) {
       const float score = scores[static_cast<size_t>(n) * seen + static_cast<size_t>(j)];
-      RKEMU_UNROLL for (int v = 0; v < kVectors; ++v) sums[n][v] += value[v] * score;
+      RKEMU_UNROLL for (int v = 0; v < kVectors; ++v) add_products(value[v], score, sums[n][v]);
     }
   }
   RKEMU_UNROLL for (int n = 0; n < kQueries; ++n) {
     RKEMU_UNROLL for (int v = 0; v < kVectors; ++v)
-        lanes_at(out + static_cast<size_t>(n) * width + v * kLanes) = sums[n][v];
+        store_lanes(sums[n][v], out + static_cast<size_t>(n) * width + v * kLanes);
   }
 }
 

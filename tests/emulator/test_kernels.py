@@ -85,6 +85,20 @@ def test_all_kernels_give_the_same_bits(
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("flags", [[], ["-mfma"]] if emulator.host_arch() == "x86_64" else [[]])
+def test_products_are_added_with_one_rounding(flags: list[str], tmp_path: Path) -> None:
+    """Two million times, held against fmaf of the standard library; without flags it is computed in doubles."""
+    here = Path(__file__)
+    program = tmp_path / "fused"
+    command = [*emulator.find_compiler().command, "-std=c++17", "-O2", "-ffp-contract=off", *flags]
+    include = f"-I{here.parents[2] / 'board/emulator'}"
+    subprocess.run([*command, include, here.with_name("fused.cc"), "-o", program], check=True, capture_output=True)
+    if flags and " fma " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no such instructions")
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def compile_driver(arch: str, folder: Path) -> Path:
     """driver.cc for a machine, beside the library that it finds by its own folder."""
     library = emulator.build("1.2.3", arch=arch, warnings_are_errors=True)

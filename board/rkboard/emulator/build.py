@@ -42,7 +42,7 @@ class Kernel:
 
 
 KERNELS: Final = (
-    Kernel("kernels_avx2.cc", "x86_64", ("-mavx2",), "RKEMU_HAVE_AVX2"),
+    Kernel("kernels_avx2.cc", "x86_64", ("-mavx2", "-mfma"), "RKEMU_HAVE_AVX2"),
     Kernel(
         "kernels_avx512.cc", "x86_64", ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"), "RKEMU_HAVE_AVX512"
     ),
