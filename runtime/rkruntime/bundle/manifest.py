@@ -20,7 +20,7 @@ from rkruntime.bundle.references import MAX_REFERENCES, REFERENCES, References
 from rkruntime.bundle.selftest import MAX_SELFTEST, SELFTEST, SelfTest
 from rkruntime.checks.preflight import Context, ModelFacts
 from rkruntime.errors import BundleError
-from rkruntime.files import AnyPath, as_path, read_regular, sha256_file
+from rkruntime.files import AnyPath, as_path, read_error, read_regular, sha256_file
 from rkruntime.folders import hint_if_hidden, own_folder
 from rkruntime.schema import Between, Length, build, check_value
 from rkruntime.words import counted
@@ -191,7 +191,7 @@ class Bundle:
         try:
             found = [path.name for path in self.path.iterdir() if path.suffix in _MODELS or path.name in _READ]
         except OSError as error:
-            raise BundleError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+            raise read_error(self.path, error, BundleError) from error
         return sorted(name for name in found if name not in self.manifest.files)
 
     @property
@@ -274,7 +274,7 @@ class Bundle:
         except OSError as error:
             if error.errno == errno.EFBIG:
                 raise _changed(path) from error
-            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+            raise read_error(path, error, BundleError) from error
         if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
             raise _changed(path)
         return data
@@ -286,9 +286,14 @@ class Bundle:
 
     def _place(self, name: str) -> Path:
         path = self.path / name
-        if not path.resolve().is_relative_to(self.path.resolve()) or not path.is_file():
-            raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
-        return path
+        # realpath, as Path.resolve raises RuntimeError for a loop of links.
+        folder, place = (os.path.realpath(each) for each in (self.path, path))
+        try:
+            if os.path.commonpath([folder, place]) == folder and path.is_file():
+                return path
+        except OSError as error:
+            raise read_error(path, error, BundleError) from error
+        raise BundleError(f"The bundle {self.path} has no file {name}, which its manifest lists.")
 
     def verify(
         self,
@@ -314,7 +319,10 @@ class Bundle:
 
     def _verify_file(self, name: str, trust_stamps: bool, progress: Callable[[int], None] | None) -> None:
         record, path = self._record(name), self._place(name)
-        state = path.stat()
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise read_error(path, error, BundleError) from error
         if state.st_size != record.size:
             raise BundleError(
                 f"{path} has {counted(state.st_size, 'byte')}; the manifest says {record.size:,}."
@@ -326,7 +334,7 @@ class Bundle:
         try:
             found = sha256_file(path, progress)
         except OSError as error:
-            raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+            raise read_error(path, error, BundleError) from error
         if found != record.sha256:
             raise _changed(path)
         stamp.remember()
@@ -342,7 +350,7 @@ class _Stamp:
     def __init__(self, path: Path, state: os.stat_result, sha256: str) -> None:
         # The change time is set by the kernel only: anyone with write access to a file can reset its other attributes.
         times = (state.st_mtime_ns, state.st_ctime_ns)
-        self._text = json.dumps([str(path.resolve()), state.st_size, *times, state.st_dev, state.st_ino, sha256])
+        self._text = json.dumps([os.path.realpath(path), state.st_size, *times, state.st_dev, state.st_ino, sha256])
         self._file = own_folder("cache") / "verified" / f"{sha256[:32]}-{state.st_ino}"
 
     def known(self) -> bool:

@@ -107,6 +107,12 @@ def _name(settings: Settings) -> str:
         return Path(os.path.realpath(settings.bundle)).name
 
 
+def _told(load: asyncio.Task[Model]) -> None:
+    """Have asyncio not report a failed load whose client is gone: the host has written it to the log."""
+    if not load.cancelled():
+        load.exception()
+
+
 class Host:
     """Holds at most one model. Call its methods only while holding the queue's turn, except for `model`.
 
@@ -165,9 +171,9 @@ class Host:
 
         Its worker died, perhaps killed for its memory, or a load failed a minute ago.
         """
-        if not self._wanted or self._loading is not None or time.monotonic() < self._due_at:
-            return False
-        return self._model is None or self._model.engine.lost
+        if self._model is not None:
+            return self._model.engine.lost
+        return self._wanted and self._loading is None and time.monotonic() >= self._due_at
 
     async def model(self) -> Model:
         """Return the model, loading it if necessary.
@@ -185,6 +191,7 @@ class Host:
         self._stop.check()
         if self._loading is None:
             self._loading = asyncio.create_task(self._load_now())
+            self._loading.add_done_callback(_told)
         # A client that disconnects does not stop a load that others wait for.
         return await asyncio.shield(self._loading)
 
@@ -196,12 +203,17 @@ class Host:
         await self._look()
         if not self.due:
             return
-        failures = self._failures
+        before = self._failures, self._next_try
         try:
             await self.model()
-        except RKEdgeError:
-            self._failures = failures
+        except BaseException:
+            self._failures, self._next_try = before
             raise
+
+    async def again(self) -> None:
+        """Forget the pauses after failures, and load the model if it is wanted. Raises what `model` raises."""
+        self._failures, self._next_try, self._due_at = 0, 0.0, 0.0
+        await self.bring_back()
 
     async def _look(self) -> None:
         """Drop a worker that has died since its last run."""
@@ -230,12 +242,12 @@ class Host:
         folder = _folder(settings)
         try:
             model = await in_thread(self._load, replace(settings, bundle=folder), self._stop)
-        except RKEdgeError as error:
-            if self._stop.asked:
+        except Exception as error:  # One that is our own defect must not be met each second.
+            if self._stop.asked and isinstance(error, RKEdgeError):
                 raise ServiceError(
                     "The daemon is stopping, so it loads no model.", hint="Ask again when it is back."
                 ) from error
-            self._failed(error)
+            self._failed(error if isinstance(error, RKEdgeError) else RKEdgeError(f"{type(error).__name__}: {error}"))
             self._due_at = time.monotonic() + _RETRY_S
             raise
         finally:
@@ -249,7 +261,7 @@ class Host:
         self._failures += 1
         self._next_try = time.monotonic() + _BACKOFF[min(self._failures, len(_BACKOFF)) - 1]
         self.error = error
-        log.error("%s: %s %s", type(error).__name__, error.message, error.hint)
+        log.error("%s: %s", type(error).__name__, error.message)
 
     def succeeded(self) -> None:
         """Reset the count of failures, because an answer or an embedding was completed."""
@@ -269,14 +281,19 @@ class Host:
     async def close(self) -> None:
         """Stop loading, and free the model."""
         self.stop()
-        if self._loading is not None:
-            await asyncio.gather(self._loading, return_exceptions=True)
         await self.unload()
 
     async def unload(self) -> None:
         """Unload the model, which frees the NPU, until somebody asks for it again."""
-        self._wanted, self.error = False, None
+        self._wanted = False
+        await self._settled()
+        self.error = None
         await self._drop()
+
+    async def _settled(self) -> None:
+        """Wait for a load in progress, perhaps for a client that is gone."""
+        if self._loading is not None:
+            await asyncio.wait({self._loading})
 
     async def _drop(self) -> None:
         model, self._model = self._model, None
@@ -304,8 +321,7 @@ class Host:
         Raises:
             RKEdgeError: The new bundle is damaged, so that the old model stayed loaded; or the new model did not load.
         """
-        if self._loading is not None:  # a load with the old settings, for a client that is gone
-            await asyncio.gather(self._loading, return_exceptions=True)
+        await self._settled()
         before = replace(self.settings, bundle=self._loaded_from or self.settings.bundle)
         try:
             await in_thread(self._check, settings, self._stop)

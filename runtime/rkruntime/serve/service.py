@@ -352,12 +352,16 @@ class Service:
         self.sessions.limit(int(settings.sessions.max_mb * 1e6), settings.sessions.max_number)
 
     async def change_model(self, settings: Settings) -> None:
-        """Load the model of other settings between two answers. Raises RKEdgeError if the old one stays."""
+        """Load the model of other settings between two answers, or the same one if it failed to load.
+
+        Raises RKEdgeError if the old one stays, or does not load either.
+        """
         async with self.queue.turn(DAEMON):
             if await in_thread(self.host.needs_load, settings):
                 await self.host.change(settings)
             else:
                 self.host.settings = settings
+                await self.host.again()
 
     async def unload_if_idle(self) -> None:
         """Unload the model if there was no request for as long as the settings say."""

@@ -61,6 +61,7 @@ void misbehave(const std::string& where) {
   if (is("segv")) *reinterpret_cast<volatile int*>(8) = 1;
   if (is("ill")) raise(SIGILL);
   if (is("abort")) std::abort();
+  if (is("killed")) raise(SIGKILL);
   if (is("exit")) std::exit(1);
   if (is("exit0")) _exit(0);
   if (is("hang")) {

@@ -209,7 +209,7 @@ def test_a_worker_that_dies_between_runs_is_noticed_without_one(
         assert not engine.alive
 
 
-@pytest.mark.parametrize(("kills", "word"), [((7, 7), "Something other"), ((None, None), "dmesg"), ((7, 8), "memory")])
+@pytest.mark.parametrize(("kills", "word"), [((7, 7), "did not kill"), ((None, None), "dmesg"), ((7, 8), "memory")])
 def test_a_kill_is_for_lack_of_memory_only_if_the_kernel_says_so(
     misbehaving: Misbehaving,
     worker_of: Callable[[Engine], int],
@@ -229,6 +229,18 @@ def test_a_kill_is_for_lack_of_memory_only_if_the_kernel_says_so(
     assert word in caught.value.hint
     assert (found["class"] == "host-ram-at-load") is (kills == (7, 8))
     assert ("GB of memory are available" in caught.value.hint) is (kills != (7, 8))
+
+
+@pytest.mark.parametrize(("kills", "class_"), [(7, "unexplained"), (None, "host-ram-at-load")])
+def test_a_kill_within_a_load(
+    misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch, kills: int | None, class_: str
+) -> None:
+    """By somebody, if the kernel counts its own kills; otherwise most likely for what a load takes."""
+    monkeypatch.setattr("rkruntime.checks.machine.kills_for_memory", lambda: kills)
+    with pytest.raises(WorkerCrashedError, match="SIGKILL") as caught:
+        Engine.load(misbehaving("init-killed"))
+    found = caught.value.details["diagnosis"]
+    assert (found["class"], found["confidence"] in ("low", "none")) == (class_, True)
 
 
 def test_no_interpreter(misbehaving: Misbehaving, tmp_path: Path) -> None:

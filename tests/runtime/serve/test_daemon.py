@@ -302,6 +302,23 @@ def test_a_model_that_is_gone_is_said_to_be(start_daemon: Callable[..., Any], bu
     assert daemon.request("GET", "/ready")[0] == 200
 
 
+def test_a_reload_tries_a_load_that_failed_again(
+    start_daemon: Callable[..., Any], bundles: Any, tmp_path: Path
+) -> None:
+    """Whoever has mended the cause says so by `systemctl reload`. A loop of links is a failure like any other."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundles["base"], copy)
+    model, elsewhere = copy / "model.rkemu", copy / "elsewhere"
+    model.rename(elsewhere)
+    model.symlink_to(model)
+    daemon = start_daemon(bundle=copy, port=False, wait=False)
+    daemon.wait_until(lambda: daemon.request("GET", "/status")[2]["state"] == "failed")
+    elsewhere.rename(model)
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_until(lambda: daemon.request("GET", "/ready")[0] == 200)
+    assert daemon.log.count("no file model.rkemu") == 1
+
+
 def test_a_full_store_is_told_and_the_next_request_works(start_daemon: Callable[..., Any]) -> None:
     daemon = start_daemon("sessions: {max_mb: 0.0004}", port=False)
     events = daemon.lines("/sessions/a/messages", {"content": FIRST + " " * 300, "temperature": 0})

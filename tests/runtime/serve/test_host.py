@@ -46,38 +46,101 @@ def test_a_reload_while_a_model_is_loaded_for_a_client_that_has_gone(tmp_path: P
     asyncio.run(reload())
 
 
-def test_a_model_that_could_not_be_loaded_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a request, which a proxy that looks at /ready never sends; and no request has to wait for it."""
-    problem: list[Exception] = [WorkerError("no memory")]
+class Loads:
+    """Takes the place of `load_model`: fails with `problem` if there is one, and waits for `go`."""
 
-    def load(*_: Any) -> Any:
-        if problem:
-            raise problem[0]
+    def __init__(self) -> None:
+        self.problem: Exception | None = None
+        self.go = threading.Event()
+        self.go.set()
+        self.engine = SimpleNamespace(lost=False, check=self.check)
+
+    def __call__(self, *_: Any) -> Any:
+        assert self.go.wait(10)
+        if self.problem:
+            raise self.problem
         manifest = SimpleNamespace(name="fake")
-        return SimpleNamespace(
-            bundle=SimpleNamespace(manifest=manifest), close=lambda: None, engine=SimpleNamespace(lost=False)
-        )
+        return SimpleNamespace(bundle=SimpleNamespace(manifest=manifest), close=lambda: None, engine=self.engine)
+
+    def check(self) -> None:
+        self.engine.lost = False  # the next one is another
+        raise WorkerError("it died")
+
+
+@pytest.mark.parametrize("problem", [WorkerError("no memory"), RuntimeError("a defect")])
+def test_a_model_that_could_not_be_loaded_is_tried_again(monkeypatch: pytest.MonkeyPatch, problem: Exception) -> None:
+    """Without a request, which a proxy that looks at /ready never sends; and no request has to wait for it."""
+    load = Loads()
 
     async def fail(host: Host) -> None:
-        with pytest.raises(WorkerError):
+        with pytest.raises(type(problem)):
             await host.bring_back()
+        assert host.state == "failed"
 
     async def main() -> None:
+        load.problem = problem
         host = Host(Settings(), load)
         assert host.due
         await fail(host)
         assert not host.due
         await host.bring_back()
+        load.problem = None
+        await host.again()
+        assert host.state == "ready"
+
         monkeypatch.setattr(host_module, "_RETRY_S", 0.0)
-        host = Host(Settings(), load)
-        for _ in range(10):
+        host, load.problem = Host(Settings(), load), problem
+        for _ in range(5):  # a client that asks again and again
+            host._next_try = 0.0
+            with pytest.raises(type(problem)):
+                await host.model()
+        host._next_try = 0.0
+        for _ in range(5):
             assert host.due
             await fail(host)
-        problem.clear()
+        load.problem = None
         await asyncio.wait_for(host.model(), 1)
         assert not host.due
+
+    asyncio.run(main())
+
+
+def test_a_dead_worker_is_noticed_after_a_load_that_failed() -> None:
+    load = Loads()
+
+    async def main() -> None:
+        load.problem = WorkerError("no memory")
+        host = Host(Settings(), load)
+        with pytest.raises(WorkerError):
+            await host.bring_back()
+        load.problem = None
+        await host.model()
+        load.engine.lost = True
+        assert host.due
+        await host.bring_back()
+        assert (host.state, host.restarts) == ("ready", 1)
+
+    asyncio.run(main())
+
+
+def test_a_model_that_somebody_unloads_stays_away() -> None:
+    """While it is loaded for a client that has gone, too."""
+    load = Loads()
+
+    async def main() -> None:
+        load.go.clear()
+        host = Host(Settings(), load)
+        client = asyncio.create_task(host.model())
+        await asyncio.sleep(0.05)
+        client.cancel()
+        asyncio.get_running_loop().call_later(0.1, load.go.set)
         await host.unload()
-        assert (host.due, host.state) == (False, "unloaded")
+        assert (host.state, host.due) == ("unloaded", False)
+        load.problem = WorkerError("no memory")
+        with pytest.raises(WorkerError):
+            await host.model()
+        await host.unload()
+        assert (host.state, host.due) == ("unloaded", False)
         assert not Host(Settings(load_at_start=False), load).due
 
     asyncio.run(main())

@@ -75,7 +75,8 @@ def add_log(
         # The line that a shell would have printed below the log, such as "Segmentation fault": a rule may need it.
         ending = [error.details["description"]] if "description" in error.details else []
         killed = error.details.get("signal") == "SIGKILL" and not ran_out
-        likely = ending if killed and loading else []  # anybody may have killed the process, but a load takes memory
+        # Anybody may have killed it, but a load takes memory.
+        likely = ending if killed and loading and ran_out is None else []
         ending = [] if killed else ending
         if error.message.startswith("rkllm_load_lora "):
             # If an adapter cannot be read, the log says "model"; this line tells the two apart.
@@ -84,7 +85,8 @@ def add_log(
         if killed:
             error.hint = _killed_hint(ran_out)
         if likely and not found.explained:
-            found = replace(diagnose("\n".join([*lines, *likely]), context={"library": "librkllmrt"}), confidence="low")
+            context = {"library": "librkllmrt", "stage": "load", "signal": "SIGKILL"}
+            found = replace(diagnose("\n".join([*lines, *likely]), context=context), confidence="low")
         error.details.setdefault("diagnosis", found.as_dict())
         if found.explained:
             step = f" First: {found.next_steps[0]}" if found.next_steps else ""
@@ -96,7 +98,7 @@ def _killed_hint(ran_out: bool | None) -> str:
     free = f" {memory.available / 1e9:.1f} GB of memory are available now." if memory else ""
     if ran_out is None:
         return f"Something killed it: look for 'Out of memory' in dmesg.{free}"
-    return f"Something other than a lack of memory killed it, such as a person or a service manager.{free}"
+    return f"The kernel did not kill it for lack of memory; a person, a service manager or earlyoom may have.{free}"
 
 
 def array_of(record: Record) -> Logits | HiddenStates:
