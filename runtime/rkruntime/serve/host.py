@@ -242,14 +242,18 @@ class Host:
         folder = _folder(settings)
         try:
             model = await in_thread(self._load, replace(settings, bundle=folder), self._stop)
-        except Exception as error:  # One that is our own defect must not be met each second.
-            if self._stop.asked and isinstance(error, RKEdgeError):
+        except RKEdgeError as error:
+            if self._stop.asked:
                 raise ServiceError(
                     "The daemon is stopping, so it loads no model.", hint="Ask again when it is back."
                 ) from error
-            self._failed(error if isinstance(error, RKEdgeError) else RKEdgeError(f"{type(error).__name__}: {error}"))
-            self._due_at = time.monotonic() + _RETRY_S
+            self._failed(error, _RETRY_S)
             raise
+        except Exception as error:  # A defect of ours must not be met each second, nor end a reload.
+            log.exception("a defect of rkedge")
+            failure = RKEdgeError(f"{type(error).__name__}: {error}")
+            self._failed(failure, _RETRY_S)
+            raise failure from error
         finally:
             self._loading = None
         self._model, self._loaded_from, self.error = model, folder, None
@@ -257,9 +261,11 @@ class Host:
         log.info("loaded %s in %.1f s", model.bundle.manifest.name, time.monotonic() - start)
         return model
 
-    def _failed(self, error: RKEdgeError) -> None:
+    def _failed(self, error: RKEdgeError, due_s: float | None = None) -> None:
+        """Note an error; the model is `due` again after `due_s` seconds, None for as long as requests must pause."""
         self._failures += 1
-        self._next_try = time.monotonic() + _BACKOFF[min(self._failures, len(_BACKOFF)) - 1]
+        now, pause = time.monotonic(), _BACKOFF[min(self._failures, len(_BACKOFF)) - 1]
+        self._next_try, self._due_at = now + pause, now + (pause if due_s is None else due_s)
         self.error = error
         log.error("%s: %s", type(error).__name__, error.message)
 
@@ -270,7 +276,6 @@ class Host:
     async def lost(self, error: RKEdgeError) -> None:
         """Drop a worker that is gone; a new one is started when it is `due`, or for the next request."""
         self._failed(error)
-        self._due_at = self._next_try
         self.restarts += 1
         await self._drop()
 

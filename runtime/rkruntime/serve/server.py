@@ -344,13 +344,9 @@ class Daemon:
 
     async def _load(self) -> None:
         """Load the model unless it is loaded. Errors appear in the log, in /ready and in answers."""
-        try:
+        with contextlib.suppress(RKEdgeError):
             async with self.service.queue.turn(DAEMON):
                 await self.service.host.bring_back()
-        except RKEdgeError:
-            pass
-        except Exception:  # Nobody waits for this task, who would tell of a defect.
-            log.exception("the model was not loaded")
 
     async def _tick(self) -> None:
         beat = systemd.watchdog_s()

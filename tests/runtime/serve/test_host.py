@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.errors import ServiceError, UsageError, WorkerError
+from rkruntime.errors import RKEdgeError, ServiceError, UsageError, WorkerError
 from rkruntime.serve import host as host_module
 from rkruntime.serve.host import Host
 from rkruntime.serve.settings import Settings, read_keys
@@ -73,7 +73,7 @@ def test_a_model_that_could_not_be_loaded_is_tried_again(monkeypatch: pytest.Mon
     load = Loads()
 
     async def fail(host: Host) -> None:
-        with pytest.raises(type(problem)):
+        with pytest.raises(RKEdgeError, match=str(problem)):
             await host.bring_back()
         assert host.state == "failed"
 
@@ -92,7 +92,7 @@ def test_a_model_that_could_not_be_loaded_is_tried_again(monkeypatch: pytest.Mon
         host, load.problem = Host(Settings(), load), problem
         for _ in range(5):  # a client that asks again and again
             host._next_try = 0.0
-            with pytest.raises(type(problem)):
+            with pytest.raises(RKEdgeError, match=str(problem)):
                 await host.model()
         host._next_try = 0.0
         for _ in range(5):
