@@ -24,6 +24,7 @@ from rkruntime.engine.generation import GREEDY, Event, Finished, FinishReason, R
 from rkruntime.engine.loading import ModelInfo
 from rkruntime.errors import ContextFullError, RunError, WorkerError
 from rkruntime.model import Model
+from rkruntime.printable import well_formed
 from rkruntime.stop import Stop
 from rkruntime.text.template import Message
 from rkruntime.text.vocabulary import Vocabulary
@@ -38,7 +39,7 @@ _ROLES: Final = {"system": "user", "assistant": "model"}
 
 
 def _encode(text: str) -> list[int]:
-    return list(text.encode())
+    return list(well_formed(text).encode())
 
 
 @dataclass

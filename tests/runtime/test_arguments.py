@@ -84,6 +84,7 @@ def test_questions(name: str, value: Any) -> None:
 
 @few
 @example("a\0b")
+@example("\ud800")
 @given(value=VALUES)
 def test_files_logs_and_machines(fake_bundle: Bundle, tmp_path: Path, value: Any) -> None:
     talk = fake_model().chat().conversation
