@@ -1,7 +1,7 @@
 """`rkedge merge` on a model of Gemma 2 2B's shape, against a copy of its files and against peft.
 
 The checkpoint (about 5 GB) and the adapter are made here, of random weights. Each way runs in a process of its own,
-with a warm page cache, and in turn; processor time and peak memory are what the kernel says of the process.
+with a warm page cache, and in turn; processor time and peak memory are the kernel's figures for all of its processes.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ The weights are random, and an adapter of another rank costs another time. `cp` 
 the ratio is worse where other work takes the second one. On a disk that is slower than memory both wait for it. On file
 systems that share blocks between files (btrfs, XFS), `cp` copies nothing, and its ratio says nothing.
 
-The processor time on all CPUs is a limit: the merge would take that long if nothing in it waited. Nearly half of it is
-the kernel's, for one copy of what is read and one of what is written, and the rest some ten passes over blocks that
-are in a core's cache. No hash is in it.
+The processor time on all CPUs is a limit: the merge would take that long if nothing in it waited. Half of it is the
+kernel's, for one copy of what is read and one of what is written, where `cp` makes a single one (copy_file_range); of
+the rest a tenth is Python's start, and most the product and some ten passes over blocks that are in a core's cache. No
+hash is in it.
 """
 COSTS = {
     "wall_s": ("until written", "s"),

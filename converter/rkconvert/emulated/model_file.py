@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from rkconvert.model.gemma import GemmaConfig
 from rkconvert.progress import Advance
 from rkconvert.target import ModelSpec
 from rkconvert.tensors.formats import STORAGE, to_float32
-from rkconvert.tensors.parallel import ordered_map
+from rkconvert.tensors.processes import in_processes
 from rkconvert.tensors.weights import read_finite, row_blocks
 from rkruntime.bundle import rkemu
 from rkruntime.errors import ModelFileError
@@ -114,8 +115,13 @@ def write_emulator_file(path: Path, spec: ModelSpec, advance: Advance) -> None:
         ModelFileError: The file, read back, differs from what was written.
     """
     with rkemu.Writer(path, metadata(spec), tensor_specs(spec)) as writer:
-        for name in spec.config.tensors():
-            _write_tensor(writer, name, spec, advance)
+
+        def write(name: str, step: Advance) -> dict[str, int]:
+            return _write_tensor(writer, name, spec, step)
+
+        with closing(in_processes(write, list(spec.config.tensors()), advance, spec.model.nbytes)) as written:
+            for _, checksums in written:
+                writer.written(checksums)
         for name, array in spec.tokenizer.arrays.items():
             writer.write(name, array)
     _read_back(path, spec)
@@ -132,18 +138,17 @@ def _read_back(path: Path, spec: ModelSpec) -> None:
         raise ModelFileError(f"{path} differs from what was written to it: the disk or the memory is faulty.")
 
 
-def _write_tensor(writer: rkemu.Writer, name: str, spec: ModelSpec, advance: Advance) -> None:
+def _write_tensor(writer: rkemu.Writer, name: str, spec: ModelSpec, step: Advance) -> dict[str, int]:
+    """Write a tensor, with its scales if it is quantized; returns the checksums."""
     weights = spec.model.weights
     info, target = weights.tensors[name], FAMILIES[spec.config.family].to_rkemu(name)
     plain = len(info.shape) == 1 or spec.dtype == "fp32"
     group = 0 if plain else group_size(spec.dtype, info.shape[1])
-
-    def prepare(place: tuple[int, int]) -> tuple[int, list[NDArray[Any]]]:
-        rows = to_float32(read_finite(weights, name, *place), info.dtype)
-        return place[0], [rows] if plain else list(quantize_rows(rows, group))
-
     targets = [target] if plain else [target, f"{target}.scale"]
-    for first, arrays in ordered_map(prepare, row_blocks(info.shape)):
-        for part, array in zip(targets, arrays, strict=True):
+    for first, count in row_blocks(info.shape):
+        rows = to_float32(read_finite(weights, name, first, count), info.dtype)
+        parts: tuple[NDArray[Any], ...] = (rows,) if plain else quantize_rows(rows, group)
+        for part, array in zip(targets, parts, strict=True):
             writer.write_rows(part, first, array)
-        advance(arrays[0].size * STORAGE[info.dtype].itemsize)
+        step(rows.size * STORAGE[info.dtype].itemsize)
+    return writer.checksums(targets)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -16,23 +15,26 @@ import numpy as np
 
 from rkconvert.progress import Advance
 from rkconvert.tensors.memory_folder import Place, open_file
-from rkconvert.tensors.parallel import ordered_map
+from rkconvert.tensors.processes import in_processes
 from rkconvert.tensors.shards import parse_json
 from rkconvert.tensors.weights import TensorInfo, Weights, read_finite, row_blocks
 from rkruntime.files import atomic_file
 
 # Most bytes in a shard: small enough that a kill costs seconds, large enough that 27B has only a few dozen files.
 SHARD_BYTES: Final = 2_000_000_000
+# A smaller model has about as many, as long as they have this many bytes: each is written by one process, and those
+# who are done first must not wait for long.
+_SHARDS: Final = 16
+_LEAST_BYTES: Final = 250_000_000
 STATE: Final = "shards.json"
 
 
 class Block(NamedTuple):
-    """Rows of a tensor, and where they are in the data of a file."""
+    """Rows of a tensor."""
 
     tensor: str
     first: int
     rows: int
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,16 @@ class ShardPlan:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def places(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Block]:
         """Yield each block, in the order of the file."""
-        offset = 0
         for name, info in self.tensors.items():
             for first, count in row_blocks(info.shape):
-                yield Block(name, first, count, offset)
-                offset += info.nbytes // info.shape[0] * count
+                yield Block(name, first, count)
 
 
 def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[ShardPlan]:
     """Distribute tensors, in order, over files of at most `limit` bytes or one tensor."""
+    limit = min(limit, max(_LEAST_BYTES, sum(info.nbytes for info in tensors.values()) // _SHARDS))
     groups: list[dict[str, TensorInfo]] = [{}]
     used = 0
     for name, info in tensors.items():
@@ -99,16 +100,22 @@ def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int =
     """
     plans = plan_shards(weights.tensors, limit)
     done = _read_state(folder)
-    for plan in plans:
+
+    def write(plan: ShardPlan, step: Advance) -> int:
         path = folder / plan.name
-        if plan.name in done and path.is_file() and _checksum_file(path, plan) == done[plan.name]:
-            advance(plan.nbytes)
-            continue
+        if path.is_file() and (kept := done.get(plan.name)) is not None and _checksum_file(path, plan) == kept:
+            step(plan.nbytes)
+            return kept
         partial = path.with_suffix(".partial")
-        done[plan.name] = _write_shard(partial, plan, weights, advance)
+        checksum = _write_shard(partial, plan, weights, step)
         partial.rename(path)
-        with atomic_file(folder / STATE) as state:
-            state.write_text(json.dumps(done))
+        return checksum
+
+    with closing(in_processes(write, plans, advance, sum(plan.nbytes for plan in plans))) as written:
+        for plan, checksum in written:
+            done[plan.name] = checksum
+            with atomic_file(folder / STATE) as state:
+                state.write_text(json.dumps(done))
     if len(plans) > 1:
         index = {name: plan.name for plan in plans for name in plan.tensors}
         total = {"total_size": sum(plan.nbytes for plan in plans)}
@@ -136,25 +143,17 @@ def _read_state(folder: Path) -> dict[str, int]:
     return state if isinstance(state, dict) else {}
 
 
-def _write_shard(path: Path, plan: ShardPlan, weights: Weights, advance: Advance) -> int:
+def _write_shard(path: Path, plan: ShardPlan, weights: Weights, step: Advance) -> int:
     """Write a shard; returns its checksum, the same that `_checksum_file` computes."""
-
     header = plan.header()
     checksum = _sum(header)
     with _whole(path) as file:
-
-        def make(block: Block) -> tuple[int, int]:
-            # The thread that computed a block writes it, too: the block is still in that core's cache.
+        _write(file, memoryview(header))
+        for block in plan.blocks():
             data = read_finite(weights, block.tensor, block.first, block.rows).reshape(-1).view(np.uint8).data
-            _write_at(file, data, len(header) + block.offset)
-            return len(data), _sum(data)
-
-        _write_at(file, memoryview(header), 0)
-        # All threads end before the file is closed, as its descriptor may then become another file's.
-        with closing(ordered_map(make, plan.places())) as made:
-            for size, own in made:
-                checksum = _add(checksum, own)
-                advance(size)
+            _write(file, data)
+            checksum = _add(checksum, _sum(data))
+            step(len(data))
     return checksum
 
 
@@ -164,15 +163,14 @@ def _whole(path: Path) -> Iterator[FileIO]:
     try:
         with path.open("wb", buffering=0) as file:
             yield file
-    except OSError:
+    except BaseException:
         path.unlink(missing_ok=True)
         raise
 
 
-def _write_at(file: FileIO, data: memoryview, offset: int) -> None:
+def _write(file: FileIO, data: memoryview) -> None:
     while data:
-        written = os.pwrite(file.fileno(), data, offset)
-        data, offset = data[written:], offset + written
+        data = data[file.write(data) :]
 
 
 def _sum(data: bytes | memoryview) -> int:
@@ -193,7 +191,7 @@ def _checksum_file(path: Path, plan: ShardPlan) -> int:
         return -1
     with path.open("rb") as file:
         checksum = _sum(file.read(len(header)))
-        for block in plan.places():
+        for block in plan.blocks():
             info = plan.tensors[block.tensor]
             checksum = _add(checksum, _sum(file.read(info.nbytes // info.shape[0] * block.rows)))
     return checksum

@@ -23,6 +23,7 @@ from rkruntime.files import refuse_existing, umask, write_error
 _PARTIAL: Final = ".{}.partial"
 _OTHERS_WRITE: Final = 0o022
 _NEW_SECONDS: Final = 10.0
+_MOMENT_S: Final = 2.0
 _KINDS: Final = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
@@ -171,12 +172,17 @@ def _hold(final: Path) -> Iterator[IO[str]]:
 
 
 def _lock(file: IO[str], final: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise OutputError(
-            f"Another run is writing {final} right now.", hint="Wait for it, or name another output folder."
-        ) from error
+    # The processes that a killed run had started hold it for another moment.
+    until = time.monotonic() + _MOMENT_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() > until:
+                raise OutputError(
+                    f"Another run is writing {final} right now.", hint="Wait for it, or name another output folder."
+                ) from error
+        time.sleep(_MOMENT_S / 20)
 
 
 def _prepare(partial: Path, note: IO[str], job: str, keep: Collection[str]) -> None:

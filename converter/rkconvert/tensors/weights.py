@@ -15,7 +15,7 @@ from rkruntime.errors import CheckpointError, InputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Rows are read and written in blocks of about this many weights: small enough that several threads' buffers stay small,
+# Rows are read and written in blocks of about this many weights: small enough that several workers' buffers stay small,
 # large enough for the disk to run at full speed.
 BLOCK_WEIGHTS: Final = 1 << 19
 # Weights per step of float arithmetic, so that each step finds the last one's results in the core's cache.

@@ -5,13 +5,14 @@ The engine in board/emulator maps the same bytes; nothing here loads a whole mod
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 from rkruntime.errors import ModelFileError
 from rkruntime.files import open_regular
@@ -129,7 +130,7 @@ class Writer:
             end = self._offsets[spec.name] + spec.nbytes
         self._data_offset = _align(_HEADER.size + len(self._metadata) + len(self._directory()), PAGE)
         self._file_size = self._data_offset + (0 if sizes_only else end)
-        self._file: BinaryIO = path.open("wb")
+        self._file = path.open("wb", buffering=0)
 
     def _directory(self) -> bytes:
         return b"".join(
@@ -141,7 +142,10 @@ class Writer:
         self.write_rows(name, 0, array)
 
     def write_rows(self, name: str, first_row: int, array: NDArray[np.generic]) -> None:
-        """Write a tensor's next rows; blocks of a tensor must come in order, but may alternate with other tensors'."""
+        """Write a tensor's next rows; blocks of a tensor must come in order, but may alternate with other tensors'.
+
+        A forked process may do this for a tensor; `checksums` is then what the one that closes the file needs.
+        """
         import numpy as np
 
         spec = self._specs[name]
@@ -150,9 +154,22 @@ class Writer:
             raise ValueError(f"{name}: {array.dtype}{list(array.shape)} at row {first_row} does not fit {spec}")
         data = np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
         row_bytes = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
-        self._file.seek(self._data_offset + self._offsets[name] + first_row * row_bytes)
-        self._file.write(data)
+        self._put(data, self._data_offset + self._offsets[name] + first_row * row_bytes)
         self._crcs[name] = zlib.crc32(data, self._crcs.get(name, 0))
+
+    def _put(self, data: memoryview | bytes, offset: int) -> None:
+        # Not seek and write: forked processes share the place in the file.
+        while data:
+            done = os.pwrite(self._file.fileno(), data, offset)
+            data, offset = data[done:], offset + done
+
+    def checksums(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the CRC-32 of these tensors, as written so far."""
+        return {name: self._crcs[name] for name in names}
+
+    def written(self, checksums: Mapping[str, int]) -> None:
+        """Note that another process wrote whole tensors, with these CRC-32."""
+        self._crcs.update(checksums)
 
     def close(self) -> None:
         """Write header and directory. Raises ValueError if a tensor has no data."""
@@ -174,8 +191,7 @@ class Writer:
             0,
         )[:-4]
         self._file.truncate(self._file_size)
-        self._file.seek(0)
-        self._file.write(head + struct.pack("<I", zlib.crc32(head)) + sections)
+        self._put(head + struct.pack("<I", zlib.crc32(head)) + sections, 0)
         self._file.close()
 
     def __enter__(self) -> Writer:

@@ -100,7 +100,7 @@ def trial(root: Path, command: str, change: str, kill_at: int) -> dict[str, Any]
 
 def main(root: Path, seed: int, trials: int) -> None:
     announce(rkemu.Writer, "write_rows")
-    announce(hf_folder, "_write_at")
+    announce(hf_folder, "_write")
     for function in (hf_folder.write_weights, hf_folder.resumable):
         function.__defaults__ = (SHARD,)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -100,7 +100,7 @@ def command_line(name: str, folder: Path) -> list[str]:
 
 def main(name: str, root: Path, step: int) -> None:
     announce(rkemu.Writer, "write_rows")
-    announce(hf_folder, "_write_at")
+    announce(hf_folder, "_write")
     folder = root / "out"
     folder.mkdir()
     command = command_line(name, folder)

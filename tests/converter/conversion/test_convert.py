@@ -298,7 +298,7 @@ def test_a_disk_that_fills_up(make_model, make_adapter, tmp_path, capsys, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("rkruntime.bundle.rkemu.Writer.write_rows", full)
-    monkeypatch.setattr("rkconvert.output.hf_folder._write_at", full)
+    monkeypatch.setattr("rkconvert.output.hf_folder._write", full)
     assert main([command, str(base), "--lora", str(adapter), "-o", str(tmp_path / "out"), "--quiet"]) == 5
     assert "disk is full" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before

@@ -59,7 +59,7 @@ def change_at(monkeypatch, moment, path, change):
 
         return write
 
-    for owner, name in ((hf_folder, "_write_at"), (rkemu.Writer, "write_rows")):
+    for owner, name in ((hf_folder, "_write"), (rkemu.Writer, "write_rows")):
         monkeypatch.setattr(owner, name, announced(getattr(owner, name)))
 
 

@@ -1,0 +1,187 @@
+"""Work on large files in several processes: threads would hand the interpreter lock to each other at every step."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any, Final, NoReturn, TypeVar
+
+from threadpoolctl import threadpool_limits
+
+from rkruntime.errors import HostError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Step = Callable[[int], None]
+
+# More than four saturate the disk or memory.
+PROCESSES: Final = min(4, len(os.sched_getaffinity(0)))
+# Bytes of work in all for which processes are not worth their start.
+LITTLE: Final = 100_000_000
+_TELL_EVERY_S: Final = 0.1
+
+
+def in_processes(
+    work: Callable[[Item, Step], Result], items: Sequence[Item], advance: Step, nbytes: int
+) -> Generator[tuple[Item, Result], None, None]:
+    """Work on items in forked processes, one item at a time in each, and yield them with their results when finished.
+
+    Once the generator is closed, no process is at work: the next step of each raises OSError there. What `work` raises
+    is raised here, and ends the others. Little work, or a single item, is done in this process, as is all work where no
+    process can be started.
+
+    Args:
+        work: Gets an item, and a function to be called with the bytes of each step. Its result is pickled. It must not
+            print, nor take a lock that another thread of this process may hold.
+        advance: Gets these bytes, in this process.
+        nbytes: Bytes of all steps.
+
+    Raises:
+        HostError: A process was killed.
+    """
+    left, most = deque(range(len(items))), PROCESSES if nbytes > LITTLE else 1
+    crew: dict[Connection, int] = {}
+    # The matrix library must not start its own threads beside these processes.
+    with threadpool_limits(1, user_api="blas"):
+        try:
+            while left and len(crew) < min(most, len(items)) > 1 and (hired := _hire(work, items, crew)):
+                _order(left.popleft(), hired, crew)
+            for index in left if not crew else ():
+                yield items[index], work(items[index], advance)
+            while crew:
+                for one in wait(list(crew)):
+                    assert isinstance(one, Connection)
+                    message = _received(one, crew)
+                    if isinstance(message, int):
+                        advance(message)
+                        continue
+                    index, result = message
+                    yield items[index], result
+                    if left:
+                        _order(left.popleft(), one, crew)
+                    else:
+                        _dismiss(one, crew)
+        finally:
+            for one in list(crew):
+                _dismiss(one, crew)
+
+
+def _hire(
+    work: Callable[[Item, Step], Result], items: Sequence[Item], crew: dict[Connection, int]
+) -> Connection | None:
+    """Fork a process that works on the items whose indexes it gets; None if this machine has no room for one."""
+    here, there = Pipe()
+    try:
+        with warnings.catch_warnings():  # of other threads, whose locks `work` must not take
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = os.fork()
+    except OSError:
+        here.close()
+        there.close()
+        return None
+    if not process:
+        _serve(there, (here, *crew), work, items)
+    there.close()
+    crew[here] = process
+    return here
+
+
+def _serve(
+    to: Connection, others: Sequence[Connection], work: Callable[[Item, Step], Result], items: Sequence[Item]
+) -> NoReturn:
+    """Work in a forked process until the connection is closed. Ctrl-C is for the process that forked it."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Held by that process only, or it would not be noticed that it is gone.
+        for other in others:
+            other.close()
+        with suppress(EOFError):
+            while True:
+                index, steps = to.recv(), _Steps(to)
+                result = work(items[index], steps.add)
+                steps.tell()
+                to.send((index, result))
+    except BaseException as error:
+        _tell_of(error, to)
+    finally:
+        # Not sys.exit: what that process has yet to print, or to do at its end, is not done here.
+        os._exit(0)
+
+
+class _Steps:
+    """Adds up the bytes of steps, and tells of them so rarely that nobody is kept from work."""
+
+    def __init__(self, to: Connection) -> None:
+        self._to, self._nbytes, self._at = to, 0, time.monotonic()
+
+    def add(self, nbytes: int) -> None:
+        self._nbytes += nbytes
+        if time.monotonic() - self._at > _TELL_EVERY_S:
+            self.tell()
+
+    def tell(self) -> None:
+        self._to.send(self._nbytes)
+        self._nbytes, self._at = 0, time.monotonic()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception, with what pickle leaves out."""
+
+    error: BaseException
+    cause: BaseException | None
+
+
+def _tell_of(error: BaseException, to: Connection) -> None:
+    trace = RuntimeError(traceback.format_exc())
+    with suppress(OSError):  # nobody listens anymore
+        try:
+            failure = _Failure(error, error.__cause__ or trace)
+            pickle.loads(pickle.dumps(failure))  # noqa: S301 (our own)
+        except Exception:  # one of a kind that pickle cannot make again
+            failure = _Failure(trace, None)
+        to.send(failure)
+
+
+def _order(index: int, one: Connection, crew: dict[Connection, int]) -> None:
+    try:
+        one.send(index)
+    except ConnectionError:
+        raise _killed(one, crew) from None
+
+
+def _received(one: Connection, crew: dict[Connection, int]) -> Any:
+    """Return a process's next message. Raises the exception that it raised, or HostError if it was killed."""
+    try:
+        message = one.recv()
+    except (EOFError, ConnectionError):
+        raise _killed(one, crew) from None
+    if isinstance(message, _Failure):
+        raise message.error from message.cause
+    return message
+
+
+def _killed(one: Connection, crew: dict[Connection, int]) -> HostError:
+    number = os.WTERMSIG(_dismiss(one, crew))
+    return HostError(
+        f"A process of the work was ended from outside ({signal.strsignal(number) if number else 'how, is unknown'}).",
+        hint="If memory was short, `journalctl -k` names it. Close other programs, then try again.",
+    )
+
+
+def _dismiss(one: Connection, crew: dict[Connection, int]) -> int:
+    """Let a process end; returns how it did, as waitpid does."""
+    one.close()
+    with suppress(ChildProcessError):  # SIGCHLD is ignored here, by what started this process
+        return os.waitpid(crew.pop(one), 0)[1]
+    return 0
