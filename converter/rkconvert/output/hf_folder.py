@@ -67,9 +67,8 @@ class ShardPlan:
                 yield Block(name, first, count)
 
 
-def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> list[ShardPlan]:
+def plan_shards(tensors: Mapping[str, TensorInfo], limit: int) -> list[ShardPlan]:
     """Distribute tensors, in order, over files of at most `limit` bytes or one tensor."""
-    limit = min(limit, max(_LEAST_BYTES, sum(info.nbytes for info in tensors.values()) // _SHARDS))
     groups: list[dict[str, TensorInfo]] = [{}]
     used = 0
     for name, info in tensors.items():
@@ -85,9 +84,14 @@ def plan_shards(tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> 
     ]
 
 
+def _plans(weights: Weights, limit: int) -> list[ShardPlan]:
+    nbytes = sum(info.nbytes for info in weights.tensors.values())
+    return plan_shards(weights.tensors, min(limit, max(_LEAST_BYTES, nbytes // _SHARDS)))
+
+
 def resumable(weights: Weights, limit: int = SHARD_BYTES) -> list[str]:
     """Return the files from which `write_weights` resumes after a killed run; it verifies each by checksum."""
-    return [STATE, *(plan.name for plan in plan_shards(weights.tensors, limit))]
+    return [STATE, *(plan.name for plan in _plans(weights, limit))]
 
 
 def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int = SHARD_BYTES) -> None:
@@ -98,7 +102,7 @@ def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int =
     Raises:
         CheckpointError, AdapterError: Weights are NaN or infinite.
     """
-    plans = plan_shards(weights.tensors, limit)
+    plans = _plans(weights, limit)
     done = _read_state(folder)
 
     def write(plan: ShardPlan, step: Advance) -> int:
