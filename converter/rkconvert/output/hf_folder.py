@@ -107,7 +107,7 @@ def write_weights(folder: Path, weights: Weights, advance: Advance, limit: int =
 
     def write(plan: ShardPlan, step: Advance) -> int:
         path = folder / plan.name
-        if path.is_file() and (kept := done.get(plan.name)) is not None and _checksum_file(path, plan) == kept:
+        if path.is_file() and (kept := done.get(plan.name)) is not None and _checksum_file(path, plan, step) == kept:
             step(plan.nbytes)
             return kept
         partial = path.with_suffix(".partial")
@@ -189,7 +189,7 @@ def _add(checksum: int, block: int) -> int:
     return (checksum * 31 + block) % (1 << 64)
 
 
-def _checksum_file(path: Path, plan: ShardPlan) -> int:
+def _checksum_file(path: Path, plan: ShardPlan, step: Advance) -> int:
     header = plan.header()
     if path.stat().st_size != len(header) + plan.nbytes:
         return -1
@@ -198,6 +198,7 @@ def _checksum_file(path: Path, plan: ShardPlan) -> int:
         for block in plan.blocks():
             info = plan.tensors[block.tensor]
             checksum = _add(checksum, _sum(file.read(info.nbytes // info.shape[0] * block.rows)))
+            step(0)  # nothing is done yet; but whoever stops the work need not wait for the whole shard
     return checksum
 
 

@@ -6,6 +6,7 @@ belongs to this user and is what it should be: no link is followed, and nothing 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -39,7 +40,7 @@ def work_folder(final: Path, job: str, keep: Collection[str] = (), done: Collect
 
     Of what an earlier, killed run with the same `job` (a text that says what is made from what) left there, the files
     in `keep` remain; everything else is removed. If the block raises, everything is removed, except after Ctrl-C, and
-    after a failure of a disk when hours of work are done.
+    after a failure of a disk, or of a process that somebody kills, when hours of work are done.
 
     Args:
         keep: Files that the block verifies before using them, relative to the folder, with `/`.
@@ -64,8 +65,8 @@ def work_folder(final: Path, job: str, keep: Collection[str] = (), done: Collect
                 partial.chmod(stat.S_IMODE(partial.stat().st_mode) | 0o777 & ~umask())
                 partial.rename(final)
             except Exception as error:  # Nothing half-made stays; Ctrl-C and a kill leave it for the next run.
-                of_a_disk = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
-                if of_a_disk and any((partial / name).is_file() for name in done):
+                from_outside = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+                if from_outside and any((partial / name).is_file() for name in done):
                     raise _kept(final, partial, error) from error
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -77,12 +78,14 @@ def work_folder(final: Path, job: str, keep: Collection[str] = (), done: Collect
 
 
 def _kept(final: Path, partial: Path, error: Exception) -> Exception:
-    """Return the error for a disk that failed after the long part of the work."""
+    """Return the error for a disk that failed, or a process that was killed, after the long part of the work."""
     found = write_error(final, error) if isinstance(error, OSError) else error
     if not isinstance(found, RKEdgeError):
         return found
-    hint = f"Mend that (free space, if a disk is full), then run the same command: what took long is kept in {partial}."
-    return type(found)(found.message, hint=hint, details=found.details)
+    of_disk = error if isinstance(error, OSError) else error.__cause__
+    full = isinstance(of_disk, OSError) and of_disk.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "Free space, then run the same command:" if full else f"{found.hint} Then run the same command:"
+    return type(found)(found.message, hint=f"{hint} what took long is kept in {partial}.", details=found.details)
 
 
 @contextmanager

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -29,6 +31,8 @@ PROCESSES: Final = min(4, len(os.sched_getaffinity(0)))
 # Bytes of work in all for which processes are not worth their start.
 LITTLE: Final = 100_000_000
 _TELL_EVERY_S: Final = 0.1
+_LOOK_EVERY_S: Final = 0.5
+_STOP: Final = -1
 
 
 def in_processes(
@@ -36,9 +40,9 @@ def in_processes(
 ) -> Generator[tuple[Item, Result], None, None]:
     """Work on items in forked processes, one item at a time in each, and yield them with their results when finished.
 
-    Once the generator is closed, no process is at work: the next step of each raises OSError there. What `work` raises
-    is raised here, and ends the others. Little work, or a single item, is done in this process, as is all work where no
-    process can be started.
+    Once the generator is closed, no process is at work: the next step of each raises CancelledError there. What `work`
+    raises is raised here, and ends the others. Little work, or a single item, is done in this process, as is all work
+    where no process can be started.
 
     Args:
         work: Gets an item, and a function to be called with the bytes of each step. Its result is pickled. It must not
@@ -47,7 +51,7 @@ def in_processes(
         nbytes: Bytes of all steps.
 
     Raises:
-        HostError: A process was killed.
+        HostError: A process was killed (its cause is a ChildProcessError).
     """
     left, most = deque(range(len(items))), PROCESSES if nbytes > LITTLE else 1
     crew: dict[Connection, int] = {}
@@ -59,7 +63,7 @@ def in_processes(
             for index in left if not crew else ():
                 yield items[index], work(items[index], advance)
             while crew:
-                for one in wait(list(crew)):
+                for one in wait(list(crew), _LOOK_EVERY_S) or _ended(crew):
                     assert isinstance(one, Connection)
                     message = _received(one, crew)
                     if isinstance(message, int):
@@ -80,37 +84,55 @@ def _hire(
     work: Callable[[Item, Step], Result], items: Sequence[Item], crew: dict[Connection, int]
 ) -> Connection | None:
     """Fork a process that works on the items whose indexes it gets; None if this machine has no room for one."""
-    here, there = Pipe()
     try:
-        with warnings.catch_warnings():  # of other threads, whose locks `work` must not take
+        here, there = Pipe()
+    except OSError:
+        return None
+    parent = os.getpid()
+    try:
+        with _ctrl_c_later(), warnings.catch_warnings():  # of other threads, whose locks `work` must not take
             warnings.simplefilter("ignore", DeprecationWarning)
             process = os.fork()
+            if not process:
+                _serve(there, parent, work, items)
+            there.close()
+            crew[here] = process
     except OSError:
         here.close()
         there.close()
         return None
-    if not process:
-        _serve(there, (here, *crew), work, items)
-    there.close()
-    crew[here] = process
+    finally:
+        if os.getpid() != parent:
+            os._exit(1)
     return here
 
 
-def _serve(
-    to: Connection, others: Sequence[Connection], work: Callable[[Item, Step], Result], items: Sequence[Item]
-) -> NoReturn:
-    """Work in a forked process until the connection is closed. Ctrl-C is for the process that forked it."""
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Hold Ctrl-C back: within a fork Python would lose it, and the new process would take it for its own."""
+    former = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(former):
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _serve(to: Connection, parent: int, work: Callable[[Item, Step], Result], items: Sequence[Item]) -> NoReturn:
+    """Work in a forked process until it is told to stop. Ctrl-C is for the process that forked it."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # Held by that process only, or it would not be noticed that it is gone.
-        for other in others:
-            other.close()
-        with suppress(EOFError):
-            while True:
-                index, steps = to.recv(), _Steps(to)
-                result = work(items[index], steps.add)
-                steps.tell()
-                to.send((index, result))
+        orders = _Orders(to, parent)
+        while (index := orders.next()) != _STOP:
+            result = work(items[index], orders.step)
+            orders.tell()
+            to.send((index, result))
     except BaseException as error:
         _tell_of(error, to)
     finally:
@@ -118,15 +140,26 @@ def _serve(
         os._exit(0)
 
 
-class _Steps:
-    """Adds up the bytes of steps, and tells of them so rarely that nobody is kept from work."""
+class _Orders:
+    """What a forked process is told, and tells: the bytes of steps, so rarely that nobody is kept from work.
 
-    def __init__(self, to: Connection) -> None:
-        self._to, self._nbytes, self._at = to, 0, time.monotonic()
+    That the other end is closed says nothing, as another process that was forked meanwhile may hold a copy of it.
+    """
 
-    def add(self, nbytes: int) -> None:
+    def __init__(self, to: Connection, parent: int) -> None:
+        self._to, self._parent, self._nbytes, self._at = to, parent, 0, time.monotonic()
+
+    def next(self) -> int:
+        while os.getppid() == self._parent:
+            if self._to.poll(_LOOK_EVERY_S):
+                return int(self._to.recv())
+        return _STOP
+
+    def step(self, nbytes: int) -> None:
         self._nbytes += nbytes
         if time.monotonic() - self._at > _TELL_EVERY_S:
+            if os.getppid() != self._parent or self._to.poll():  # while there is work, no order comes but the last
+                raise CancelledError
             self.tell()
 
     def tell(self) -> None:
@@ -157,7 +190,7 @@ def _order(index: int, one: Connection, crew: dict[Connection, int]) -> None:
     try:
         one.send(index)
     except ConnectionError:
-        raise _killed(one, crew) from None
+        _killed(_dismiss(one, crew))
 
 
 def _received(one: Connection, crew: dict[Connection, int]) -> Any:
@@ -165,23 +198,38 @@ def _received(one: Connection, crew: dict[Connection, int]) -> Any:
     try:
         message = one.recv()
     except (EOFError, ConnectionError):
-        raise _killed(one, crew) from None
+        _killed(_dismiss(one, crew))
     if isinstance(message, _Failure):
         raise message.error from message.cause
     return message
 
 
-def _killed(one: Connection, crew: dict[Connection, int]) -> HostError:
-    number = os.WTERMSIG(_dismiss(one, crew))
-    return HostError(
-        f"A process of the work was ended from outside ({signal.strsignal(number) if number else 'how, is unknown'}).",
-        hint="If memory was short, `journalctl -k` names it. Close other programs, then try again.",
-    )
+def _ended(crew: dict[Connection, int]) -> tuple[()]:
+    """Raise HostError if a process has ended whose end of the connection another process holds."""
+    for one, process in crew.items():
+        with suppress(ChildProcessError):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended and not one.poll():
+                del crew[one]
+                one.close()
+                _killed(status)
+    return ()
+
+
+def _killed(status: int) -> NoReturn:
+    number = os.WTERMSIG(status)
+    how = signal.strsignal(number) if number else "how, is unknown"
+    raise HostError(
+        f"A process of the work was ended from outside ({how}).",
+        hint="If memory was short, `journalctl -k` names it: close other programs.",
+    ) from ChildProcessError(how)
 
 
 def _dismiss(one: Connection, crew: dict[Connection, int]) -> int:
     """Let a process end; returns how it did, as waitpid does."""
-    one.close()
+    process = crew.pop(one)
+    with one, suppress(OSError):
+        one.send(_STOP)
     with suppress(ChildProcessError):  # SIGCHLD is ignored here, by what started this process
-        return os.waitpid(crew.pop(one), 0)[1]
+        return os.waitpid(process, 0)[1]
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -139,15 +140,25 @@ def test_a_source_that_changes(
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("command", "at"), [("merge", 2), ("merge", 9), ("convert", 5)])
 def test_a_process_that_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: None, capsys: Any, command: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: None, capsys: Any, command: str, at: int
 ) -> None:
+    """As by a kernel that is short of memory, which used to end the whole run, and to leave what was finished."""
+    assert main(line(command, demo.checkpoint(), tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
-        patched(patch, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        patched(patch, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
         assert main(line(command, demo.checkpoint(), tmp_path / "out")) == 5
-    assert "was ended from outside (Killed)" in " ".join(capsys.readouterr().err.split())
-    assert list(tmp_path.iterdir()) == []
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was ended from outside (Killed)" in said
+    kept = tmp_path / ".out.partial"
+    assert kept.exists() == ("what took long is kept in" in said)
+    assert kept.exists() == (command == "merge" and bool(list(kept.glob("*.safetensors"))))
+    recorded = json.loads((kept / hf_folder.STATE).read_text()) if kept.exists() else {}
+    left = {name: (kept / name).stat().st_mtime_ns for name in recorded}
+    assert main(line(command, demo.checkpoint(), tmp_path / "out")) == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in left.items())
 
 
 KILLED = """

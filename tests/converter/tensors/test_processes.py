@@ -70,6 +70,14 @@ def test_a_single_item_is_done_here_and_nothing_is_fine() -> None:
     assert all_of(lambda item, step: os.getpid(), []) == []
 
 
+def test_a_machine_without_room_for_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pipe() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(processes, "Pipe", pipe)
+    assert all_of(lambda item, step: os.getpid(), [1, 2]) == [(1, os.getpid()), (2, os.getpid())]
+
+
 @pytest.mark.parametrize("room", [0, 1, 2])
 def test_a_machine_without_room_for_all_processes(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     real, forks = os.fork, []
@@ -171,6 +179,103 @@ def test_closing_early_ends_them() -> None:
 
     with closing(in_processes(work, [0, 1, 1, 1], lambda _: None, MUCH)) as done:
         assert next(done) == (0, 0)
+
+
+@pytest.mark.parametrize("where", ["before", "here", "there"])
+def test_ctrl_c_within_a_fork(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """In hooks of the fork Python would print and forget it; the new process would go on as a second one of this."""
+    real, here = os.fork, os.getpid()
+
+    def fork() -> int:
+        if where == "before":
+            signal.raise_signal(signal.SIGINT)
+        process = real()
+        if (where == "there") == (os.getpid() != here):
+            signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(os, "fork", fork)
+    if where == "there":
+        assert len(all_of(lambda item, step: item, list(range(9)))) == 9
+        return
+    with pytest.raises(KeyboardInterrupt):
+        all_of(lambda item, step: item, list(range(9)))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_never_leaves_its_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever comes in the moment before it begins: it would finish what the other one is about."""
+    here = os.getpid()
+
+    def serve(*_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(processes, "_serve", serve)
+    try:
+        with pytest.raises(HostError, match="ended from outside"):
+            all_of(lambda item, step: item, [1, 2])
+    finally:
+        if os.getpid() != here:
+            (tmp_path / "left").touch()
+            os._exit(0)
+    assert not (tmp_path / "left").exists()
+
+
+def held_by_another(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let each fork be one of two: the other process has copies of all descriptors, and stays."""
+    real, others = os.fork, []
+
+    def fork() -> int:
+        if not (other := real()):
+            time.sleep(60)
+            os._exit(0)
+        others.append(other)
+        return real()
+
+    monkeypatch.setattr(os, "fork", fork)
+    return others
+
+
+@pytest.mark.parametrize("how", ["finished", "killed", "closed"])
+def test_a_program_that_forks_something_else_meanwhile(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    others, began = held_by_another(monkeypatch), time.monotonic()
+
+    def work(item: int, step: Callable[[int], None]) -> int:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(2000 if how == "closed" and item else 1):
+            time.sleep(0.005)
+            step(1)
+        return item
+
+    try:
+        if how == "killed":
+            with pytest.raises(HostError, match=r"ended from outside \(Killed\)"):
+                all_of(work, [1, 2])
+        else:
+            with closing(in_processes(work, [0, 1, 2], lambda _: None, MUCH)) as done:
+                assert next(done) == (0, 0)
+                if how == "finished":
+                    assert sorted(done) == [(1, 1), (2, 2)]
+        assert time.monotonic() - began < 20
+    finally:
+        for other in others:
+            os.kill(other, signal.SIGKILL)
+            os.waitpid(other, 0)
+
+
+def test_several_threads_of_a_program_at_once() -> None:
+    found: list[int] = []
+
+    def use() -> None:
+        found.extend(len(all_of(lambda item, step: time.sleep(0.002), list(range(12)))) for _ in range(5))
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [12] * 20
 
 
 def test_other_threads_go_on() -> None:
