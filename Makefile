@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Exact, because a bare `torch` brings gigabytes of CUDA. For the CPU build, give pip the index that has it (PIP_EXTRA_INDEX_URL).
 TORCH := torch==2.13.0
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Much of the time a test waits for processes: three at once suit two cores.
+PYTEST := $(BIN)/pytest -n 3 --dist loadfile
 
 .PHONY: help demo test lint test-long test-vm deb test-guesses bench conformance fuzz test-sanitizers clean
 

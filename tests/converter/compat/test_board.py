@@ -153,9 +153,10 @@ def test_a_load_that_the_machine_prevents_says_nothing_of_its_cell(
     assert compat(board, bundle) == (ServiceError.exit_code, [])
     assert "says: " in capsys.readouterr().err
     assert board.left() == []
-    board.environment.clear()
-    code, (found,) = compat(board, bundle, *asked("end"))
-    assert (code, found["runs"][0]["status"]) == (0, "works")
+    if fault in ("no-device", "oom-killed", "silent-failure"):  # each takes as long as all of the above
+        board.environment.clear()
+        code, (found,) = compat(board, bundle, *asked("end"))
+        assert (code, found["runs"][0]["status"]) == (0, "works")
 
 
 def test_the_first_run_answers_what_the_library_adds(board: Loopback, bundle: Path) -> None:
