@@ -22,8 +22,8 @@ from rkruntime.files import atomic_file
 
 # Most bytes in a shard: small enough that a kill costs seconds, large enough that 27B has only a few dozen files.
 SHARD_BYTES: Final = 2_000_000_000
-# A smaller model has about as many, as long as they have this many bytes: each is written by one process, and those
-# who are done first must not wait for long.
+# A smaller model has about as many shards, of at least as many bytes: each is written by one process, and those that
+# are done first must not wait for long.
 _SHARDS: Final = 16
 _LEAST_BYTES: Final = 250_000_000
 STATE: Final = "shards.json"
@@ -163,11 +163,11 @@ def _write_shard(path: Path, plan: ShardPlan, weights: Weights, step: Advance) -
 
 @contextmanager
 def _whole(path: Path) -> Iterator[FileIO]:
-    """Open a new file, and delete it if writing fails, as on a full disk."""
+    """Open a new file, and delete it if it is not written to its end: on a full disk, or when the run is stopped."""
     try:
         with path.open("wb", buffering=0) as file:
             yield file
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: half a file is of use to nobody
         path.unlink(missing_ok=True)
         raise
 

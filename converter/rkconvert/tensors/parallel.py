@@ -13,17 +13,17 @@ from threadpoolctl import threadpool_limits
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# numpy and the kernel release the interpreter lock while they work, so threads are enough; more than four saturate the
-# disk or memory.
-THREADS: Final = min(4, os.cpu_count() or 1)
+# Threads or processes at a time: more than four saturate the disk or memory.
+WORKERS: Final = min(4, len(os.sched_getaffinity(0)))
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = WORKERS
 ) -> Generator[Result, None, None]:
     """Map with threads: yield results in the order of the items, with at most `threads` + 1 blocks in memory.
 
-    Once the generator is closed, no thread is at work.
+    It is for functions that release the interpreter lock, as numpy does on large arrays. Once the generator is closed,
+    no thread is at work.
     """
     # The matrix library must not start its own threads beside these.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:

@@ -20,14 +20,14 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from rkconvert.tensors.parallel import WORKERS
 from rkruntime.errors import HostError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Step = Callable[[int], None]
 
-# More than four saturate the disk or memory.
-PROCESSES: Final = min(4, len(os.sched_getaffinity(0)))
+PROCESSES: Final = WORKERS
 # Bytes of work in all for which processes are not worth their start.
 LITTLE: Final = 100_000_000
 _TELL_EVERY_S: Final = 0.1
@@ -133,7 +133,7 @@ def _serve(to: Connection, parent: int, work: Callable[[Item, Step], Result], it
             result = work(items[index], orders.step)
             orders.tell()
             to.send((index, result))
-    except BaseException as error:
+    except BaseException as error:  # whatever it is, it is for the process that forked this one
         _tell_of(error, to)
     finally:
         # Not sys.exit: what that process has yet to print, or to do at its end, is not done here.
