@@ -45,8 +45,9 @@ def in_processes(
     where no process can be started.
 
     Args:
-        work: Gets an item, and a function to be called with the bytes of each step. Its result is pickled. It must not
-            print, nor take a lock that another thread of this process may hold.
+        work: Gets an item, and a function to be called with the bytes of each step. Its result is pickled, and must be
+            small: nobody waits for one that does not fit into a connection's buffer (some 100 kB). It must not print,
+            nor take a lock that another thread of this process may hold.
         advance: Gets these bytes, in this process.
         nbytes: Bytes of all steps.
 
