@@ -45,9 +45,8 @@ def in_processes(
     where no process can be started.
 
     Args:
-        work: Gets an item, and a function to be called with the bytes of each step. Its result is pickled, and must be
-            small: nobody waits for one that does not fit into a connection's buffer (some 100 kB). It must not print,
-            nor take a lock that another thread of this process may hold.
+        work: Gets an item, and a function to be called with the bytes of each step. Its result is pickled. It
+            must not print, nor take a lock that another thread of this process may hold.
         advance: Gets these bytes, in this process.
         nbytes: Bytes of all steps.
 
@@ -64,8 +63,7 @@ def in_processes(
             for index in left if not crew else ():
                 yield items[index], work(items[index], advance)
             while crew:
-                for one in wait(list(crew), _LOOK_EVERY_S) or _ended(crew):
-                    assert isinstance(one, Connection)
+                for one in _heard(crew) or _look_for_ended(crew):
                     message = _received(one, crew)
                     if isinstance(message, int):
                         advance(message)
@@ -75,10 +73,9 @@ def in_processes(
                     if left:
                         _order(left.popleft(), one, crew)
                     else:
-                        _dismiss(one, crew)
+                        _dismiss({one: crew.pop(one)})
         finally:
-            for one in list(crew):
-                _dismiss(one, crew)
+            _dismiss(crew)
 
 
 def _hire(
@@ -191,30 +188,40 @@ def _order(index: int, one: Connection, crew: dict[Connection, int]) -> None:
     try:
         one.send(index)
     except ConnectionError:
-        _killed(_dismiss(one, crew))
+        _killed(_dismiss({one: crew.pop(one)}))
+
+
+def _heard(crew: dict[Connection, int]) -> list[Connection]:
+    """Return the connections with something to read, or that are closed, as soon as there is one."""
+    return [one for one in wait(list(crew), _LOOK_EVERY_S) if isinstance(one, Connection)]
 
 
 def _received(one: Connection, crew: dict[Connection, int]) -> Any:
     """Return a process's next message. Raises the exception that it raised, or HostError if it was killed."""
     try:
         message = one.recv()
-    except (EOFError, ConnectionError):
-        _killed(_dismiss(one, crew))
+    except (EOFError, OSError):
+        _killed(_dismiss({one: crew.pop(one)}))
     if isinstance(message, _Failure):
         raise message.error from message.cause
     return message
 
 
-def _ended(crew: dict[Connection, int]) -> tuple[()]:
+def _look_for_ended(crew: dict[Connection, int]) -> tuple[()]:
     """Raise HostError if a process has ended whose end of the connection another process holds."""
     for one, process in crew.items():
-        with suppress(ChildProcessError):
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended and not one.poll():
-                del crew[one]
-                one.close()
-                _killed(status)
+        if (status := _status(process, os.WNOHANG)) is not None and not one.poll():
+            _killed(status)
     return ()
+
+
+def _status(process: int, options: int) -> int | None:
+    """Return how a process ended, as waitpid does; None if it has not."""
+    try:
+        ended, status = os.waitpid(process, options)
+    except ChildProcessError:  # it was asked for before, or what started this process had it ignore SIGCHLD
+        return 0
+    return status if ended else None
 
 
 def _killed(status: int) -> NoReturn:
@@ -226,11 +233,33 @@ def _killed(status: int) -> NoReturn:
     ) from ChildProcessError(how)
 
 
-def _dismiss(one: Connection, crew: dict[Connection, int]) -> int:
-    """Let a process end; returns how it did, as waitpid does."""
-    process = crew.pop(one)
-    with one, suppress(OSError):
-        one.send(_STOP)
-    with suppress(ChildProcessError):  # SIGCHLD is ignored here, by what started this process
-        return os.waitpid(process, 0)[1]
-    return 0
+def _dismiss(crew: dict[Connection, int]) -> int:
+    """Let processes end; returns how the last one did, as waitpid does."""
+    last = 0
+    try:
+        for one in crew:
+            with suppress(OSError):
+                one.send(_STOP)
+        while crew:
+            heard = _heard(crew)
+            for one in heard or list(crew):
+                # One that is about to say something does not end before it was read.
+                if one in heard and _drained(one):
+                    continue
+                status = _status(crew[one], 0 if one in heard else os.WNOHANG)
+                if status is not None:
+                    last = status
+                    del crew[one]
+                    one.close()
+    finally:
+        for one in crew:
+            one.close()
+    return last
+
+
+def _drained(one: Connection) -> bool:
+    """Read what was sent; False if the other end is closed."""
+    try:
+        return bool(os.read(one.fileno(), 1 << 16))
+    except ConnectionError:
+        return False

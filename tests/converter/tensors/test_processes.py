@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,64 @@ def test_closing_early_ends_them() -> None:
         assert next(done) == (0, 0)
 
 
+def test_results_of_any_size() -> None:
+    found = all_of(lambda item, step: bytes(item), [0, 1, 3_000_000, 1_000_000, 200_000, 9])
+    assert sorted((item, len(result)) for item, result in found) == sorted(
+        (item, item) for item in (0, 1, 3_000_000, 1_000_000, 200_000, 9)
+    )
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "without children"])
+@pytest.mark.parametrize("other", [False, True], ids=["", "beside a fork"])
+def test_processes_that_nobody_listens_to_are_ended(
+    monkeypatch: pytest.MonkeyPatch, ignored: bool, other: bool
+) -> None:
+    """All say more than a connection holds while this one is about something else, as if its terminal were stopped."""
+
+    def work(item: int, step: Callable[[int], None]) -> bytes:
+        return bytes(4_000_000 * item)
+
+    others = held_by_another(monkeypatch) if other else []
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN) if ignored else None
+    began = time.monotonic()
+    try:
+        with closing(in_processes(work, [0, 1, 1, 1, 1], lambda _: None, MUCH)) as done:
+            assert next(done) == (0, b"")
+            time.sleep(0.5)
+        assert time.monotonic() - began < 20
+    finally:
+        if ignored:
+            signal.signal(signal.SIGCHLD, before)
+        ended(others)
+
+
+def test_a_large_error_that_nobody_listens_to() -> None:
+    def work(item: int, step: Callable[[int], None]) -> None:
+        if item:
+            time.sleep(0.5)
+            raise InputError("x" * 1_000_000)
+
+    with closing(in_processes(work, [0, 1, 1, 1], lambda _: None, MUCH)) as done:
+        assert next(done) == (0, None)
+        time.sleep(1)
+
+
+def test_a_process_that_is_killed_while_it_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(item: int, step: Callable[[int], None]) -> bytes:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return bytes(4_000_000)
+
+    pauses = iter([1])
+
+    def late(connections: list[Connection], timeout: float) -> list[Any]:
+        time.sleep(next(pauses, 0))
+        return wait(connections, timeout)
+
+    monkeypatch.setattr(processes, "wait", late)
+    with pytest.raises(HostError, match=r"ended from outside \(Killed\)"):
+        all_of(work, [1, 2])
+
+
 @pytest.mark.parametrize("where", ["before", "here", "there"])
 def test_ctrl_c_within_a_fork(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """In hooks of the fork Python would print and forget it; the new process would go on as a second one of this."""
@@ -236,6 +295,13 @@ def held_by_another(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return others
 
 
+def ended(others: list[int]) -> None:
+    for other in others:
+        os.kill(other, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(other, 0)
+
+
 @pytest.mark.parametrize("how", ["finished", "killed", "closed"])
 def test_a_program_that_forks_something_else_meanwhile(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     others, began = held_by_another(monkeypatch), time.monotonic()
@@ -259,9 +325,7 @@ def test_a_program_that_forks_something_else_meanwhile(monkeypatch: pytest.Monke
                     assert sorted(done) == [(1, 1), (2, 2)]
         assert time.monotonic() - began < 20
     finally:
-        for other in others:
-            os.kill(other, signal.SIGKILL)
-            os.waitpid(other, 0)
+        ended(others)
 
 
 def test_several_threads_of_a_program_at_once() -> None:
@@ -338,8 +402,10 @@ def test_they_end_with_the_one_that_forked_them(number: signal.Signals) -> None:
         time.sleep(0.02)
 
 
-def test_a_process_that_ignores_the_end_of_its_children() -> None:
+@pytest.mark.parametrize("other", [False, True], ids=["", "beside a fork"])
+def test_a_process_that_ignores_the_end_of_its_children(monkeypatch: pytest.MonkeyPatch, other: bool) -> None:
     """As one does that was started by a program that ignores SIGCHLD."""
+    others = held_by_another(monkeypatch) if other else []
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         assert len(all_of(lambda item, step: item, list(range(9)))) == 9
@@ -347,6 +413,7 @@ def test_a_process_that_ignores_the_end_of_its_children() -> None:
             all_of(lambda item, step: os.kill(os.getpid(), signal.SIGKILL), [1, 2])
     finally:
         signal.signal(signal.SIGCHLD, before)
+        ended(others)
 
 
 def test_a_process_that_is_killed_before_it_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
