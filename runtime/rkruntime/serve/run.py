@@ -159,8 +159,9 @@ class Run:
     async def close(self) -> None:
         """Stop the run if it is in progress, and wait for it; may be called from anywhere, and twice."""
         self.closing.set()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        if not self._task.done():
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
 
 def _joined(items: Sequence[Item]) -> list[Item]:

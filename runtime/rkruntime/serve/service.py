@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple, TypeVar
 from weakref import ref
@@ -26,6 +26,7 @@ from rkruntime.errors import (
     WorkerError,
 )
 from rkruntime.model import Model
+from rkruntime.serve.cancel import time_limit
 from rkruntime.serve.clocks import Clocks
 from rkruntime.serve.host import Host
 from rkruntime.serve.memory import AnswerMemory
@@ -100,7 +101,7 @@ class Service:
         start = time.monotonic()
         try:
             try:
-                async with self.queue.turn(wanted.client) as queue_s, _time_limit(self.settings.limits.request_s):
+                async with self.queue.turn(wanted.client) as queue_s:
                     result = await self._answered(wanted, run, queue_s)
             except BaseException:  # Whatever ends the run, even a cancellation: keep what there is of the answer.
                 try:
@@ -135,7 +136,7 @@ class Service:
 
     async def _answered(self, wanted: GenerationRequest, run: Run, queue_s: float) -> Outcome:
         try:
-            with self.clocks.held():
+            with _time_limit(self.settings.limits.request_s), self.clocks.held():
                 return await self._generate(wanted, run, queue_s)
         finally:
             self._answering = None
@@ -301,14 +302,15 @@ class Service:
         emulated, shortened = False, 0
         total, left = 0, self.settings.limits.request_s
         for text in texts:
-            async with self.queue.turn(client), _time_limit(left, self.settings.limits.request_s):
+            async with self.queue.turn(client):
                 start = time.monotonic()
-                model = await self._model()
-                made_by, emulated = made_by or model.bundle.manifest, model.engine.info.emulated
-                if model.bundle.manifest != made_by:
-                    raise stopped()
-                tokens, whole = await self._tokens_of(model, text, cut)
-                vector = await self._vector_of(model, tokens)
+                with _time_limit(left, self.settings.limits.request_s):
+                    model = await self._model()
+                    made_by, emulated = made_by or model.bundle.manifest, model.engine.info.emulated
+                    if model.bundle.manifest != made_by:
+                        raise stopped()
+                    tokens, whole = await self._tokens_of(model, text, cut)
+                    vector = await self._vector_of(model, tokens)
             left -= time.monotonic() - start
             if not vectors:
                 hold(len(texts) * len(vector))
@@ -389,28 +391,7 @@ async def _save(wanted: GenerationRequest, reader: AnswerReader | None) -> None:
         await wanted.save(answer, answer.reason is not FinishReason.ABORT)
 
 
-@asynccontextmanager
-async def _time_limit(seconds: float, whole: float | None = None) -> AsyncIterator[None]:
-    """Raise TimeLimitError in the block after `seconds`, which is what is left of `whole`.
-
-    asyncio.wait_for would run the block in its own task, and a cancel would lose that task's result. For
-    anyio.fail_after, see threads.py.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    expired = asyncio.Event()
-
-    def expire() -> None:
-        expired.set()
-        task.cancel()
-
-    timer = asyncio.get_running_loop().call_later(seconds, expire)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not expired.is_set():
-            raise
-        taken = counted(whole or seconds, "second")
-        raise TimeLimitError(f"The answer took longer than {taken} and was stopped.") from None
-    finally:
-        timer.cancel()
+def _time_limit(seconds: float, whole: float | None = None) -> AbstractContextManager[None]:
+    """Raise TimeLimitError in the block after `seconds`, which is what is left of `whole`."""
+    taken = counted(whole or seconds, "second")
+    return time_limit(seconds, lambda: TimeLimitError(f"The answer took longer than {taken} and was stopped."))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -30,6 +29,7 @@ from rkruntime.errors import (
     UsageError,
 )
 from rkruntime.serve.api.validate import Ignored, Validator, kind_of, parse_json
+from rkruntime.serve.cancel import client_needed, time_limit
 from rkruntime.serve.connections import Held
 from rkruntime.serve.threads import with_data
 from rkruntime.words import counted
@@ -126,13 +126,8 @@ class BodyReader:
             BodyError: The body is too large, too slow, not JSON, or does not match the schema.
             BusyError: The user's other requests hold too much memory.
         """
-        try:
-            body = await asyncio.wait_for(self._read(request), self.seconds)
-        except asyncio.TimeoutError:
-            raise BodyError(
-                f"The body did not arrive within {counted(self.seconds, 'second')}.",
-                details={"status": 408, "code": "too_slow"},
-            ) from None
+        with time_limit(self.seconds, self._too_slow):
+            body = await self._read(request)
         ignored: Ignored = request.scope["rkedge.ignored"]
         return await with_data(len(body), self._checked, body, schema, made, ignored)
 
@@ -159,6 +154,12 @@ class BodyReader:
             body += part
         return bytes(body)
 
+    def _too_slow(self) -> BodyError:
+        return BodyError(
+            f"The body did not arrive within {counted(self.seconds, 'second')}.",
+            details={"status": 408, "code": "too_slow"},
+        )
+
     def _hold(self, held: Held, size: int) -> None:
         if size > self.max_bytes:
             raise BodyError(
@@ -169,23 +170,8 @@ class BodyReader:
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """Return the result of `work`, or cancel it and raise ClientDisconnect if the client disconnects."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(request.receive))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        for one in (task, watch):
-            one.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await one
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    with client_needed(request.receive):
+        return await work
 
 
 class Stream(Response):
@@ -216,17 +202,10 @@ class Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        sending = asyncio.ensure_future(self._send(scope["rkedge.id"], send))
-        watch = asyncio.ensure_future(_gone(receive))
         try:
-            await asyncio.wait({sending, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            with suppress(ClientDisconnect), client_needed(receive):
+                await self._send(scope["rkedge.id"], send)
         finally:
-            for task in (sending, watch):
-                task.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await task
             if self._close:
                 await self._close()
 
