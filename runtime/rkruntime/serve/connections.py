@@ -24,6 +24,8 @@ _SLICE: Final = 8192
 # Bytes that the chunks of a body must have on average, and the number of smaller chunks that is tolerated.
 _PIECE: Final = 64
 _SMALL_PIECES: Final = 256
+# Most bytes that wait for what else is written.
+_TOGETHER: Final = 4096
 
 
 class Requests:
@@ -105,12 +107,18 @@ class Held:
 
 
 class _Counted:
-    """A transport (`plain`) that counts the bytes written to it, and does not resume reading while held."""
+    """A transport (`plain`) that counts the bytes written to it, and does not resume reading while held.
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    What is written in one turn of the event loop, such as a head and a body, is sent together: each send is a system
+    call that wakes the client up.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self.plain = transport
         self.written = 0
         self.held = False
+        self._loop = loop
+        self._unsent = b""
 
     def resume_reading(self) -> None:
         if not self.held:
@@ -118,7 +126,24 @@ class _Counted:
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
-        self.plain.write(data)
+        if not self._unsent:
+            self._loop.call_soon(self.flush)
+        self._unsent += data
+        if len(self._unsent) > _TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._unsent:
+            data, self._unsent = self._unsent, b""
+            self.plain.write(data)
+
+    def close(self) -> None:
+        self.flush()
+        self.plain.close()
+
+    def abort(self) -> None:
+        self.flush()
+        self.plain.abort()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plain, name)
@@ -199,7 +224,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
-        self._counted = _Counted(transport)
+        self._counted = _Counted(transport, self.loop)
         super().connection_made(cast("asyncio.Transport", self._counted))
         self.peer = self.door.peer(transport.get_extra_info("socket"))
         self.app_state = {**self.app_state, CONNECTION: self}
@@ -238,6 +263,10 @@ class Connection(H11Protocol):
         elif self._deadline is None:
             self._expect()
 
+    def eof_received(self) -> None:
+        """See asyncio, which closes the connection now, though its client may still read."""
+        self._counted.flush()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
         self._stop_expecting()
@@ -271,12 +300,14 @@ class Connection(H11Protocol):
         if self.flow.write_paused or counted.plain.is_closing():
             return False
         # Framed as h11 does: as a chunk, unless the client's HTTP/1.0 does not have chunks.
-        counted.write(b"%x\r\n%b\r\n" % (len(body), body) if self.scope["http_version"] >= "1.1" else body)
+        data = b"%x\r\n%b\r\n" % (len(body), body) if self.scope["http_version"] >= "1.1" else body
+        counted.flush()
+        counted.written += len(data)
+        counted.plain.write(data)
         return True
 
     def give_up(self) -> None:
         """Abandon the request being answered, because the daemon is stopping and waits no longer."""
-        self._forget_client()
         self._break_off()
 
     def _forget_client(self) -> None:
@@ -296,6 +327,7 @@ class Connection(H11Protocol):
 
     def _break_off(self) -> None:
         self._broken = True
+        self._forget_client()
         self.transport.abort()
 
     def _make_room(self) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from rkruntime.serve.connections import _SLICE, CONNECTION, Connection, _Counted
+from rkruntime.serve.connections import _SLICE, _TOGETHER, CONNECTION, Connection, _Counted
 
 
 @pytest.mark.parametrize("close_after", [None, 3])
@@ -28,7 +30,7 @@ def test_slices(monkeypatch: pytest.MonkeyPatch, close_after: int | None) -> Non
     async def main() -> None:
         one: Any = Connection.__new__(Connection)
         one.loop, one.cycle, one._deadline = asyncio.get_running_loop(), None, object()
-        one._counted = one.transport = _Counted(transport)
+        one._counted = one.transport = _Counted(transport, one.loop)
         one.flow = FlowControl(one.transport)
         one.data_received(DATA)
         # What uvicorn wants while slices are left does not let more in.
@@ -92,6 +94,54 @@ def test_a_client_reads_what_uvicorns_own_connection_sends(
     read = [asyncio.run(_answered(one, app, tmp_path, version, half=half)) for one in (H11Protocol, ours)]
     assert b"HTTP/1.1 200 OK" in read[0]
     assert read[0] == read[1]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([0, 1, _TOGETHER, _TOGETHER + 1, 50_000]), st.sampled_from(["push", "turn", "close"])
+        ),
+        max_size=12,
+    )
+)
+def test_what_is_written_in_one_turn_is_sent_together_and_in_order(steps: list[Any]) -> None:
+    sent: list[bytes] = []
+    given: list[bytes] = []
+    closed: list[int] = []
+    together: list[int] = []
+    transport = Mock(
+        write=sent.append, is_closing=lambda: bool(closed), close=lambda: closed.append(sum(map(len, sent)))
+    )
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        one: Any = Connection.__new__(Connection)
+        one.cycle = Mock(disconnected=False, response_complete=False, response_started=True)
+        one.scope, one._counted = {"http_version": "1.0"}, _Counted(transport, loop)
+        one.flow = Mock(write_paused=False)
+        for number, step in enumerate(steps):
+            if closed:
+                break
+            if step == "turn":
+                before = len(sent)
+                await asyncio.sleep(0)
+                together.append(len(sent) - before)
+            elif step == "close":
+                one._counted.close()
+            else:
+                data = b"%d" % (number % 10) * (7 if step == "push" else step)
+                given.append(data)
+                if step == "push":
+                    assert one.push(data)
+                else:
+                    one._counted.write(data)
+            assert one._counted.written - sum(map(len, sent)) <= _TOGETHER
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert b"".join(sent) == b"".join(given)
+    assert closed in ([], [len(b"".join(given))])
+    assert max(together, default=0) <= 1
 
 
 DATA = random.Random(5).randbytes(10 * _SLICE + 17)

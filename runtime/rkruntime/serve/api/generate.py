@@ -276,11 +276,10 @@ class AnswerStream(Stream):
         await super().__call__(scope, receive, send)
 
     async def _parts(self, opening: bytes) -> AsyncGenerator[bytes, None]:
-        if opening:
-            yield opening
         async for batch in items(self._started):
-            if batch:
-                yield b"".join(map(self._encoded, batch))
+            if part := opening + b"".join(map(self._encoded, batch)):
+                yield part
+            opening = b""
 
     def _encoded(self, item: Item) -> bytes:
         if isinstance(item, Outcome):
