@@ -104,7 +104,7 @@ class AnswerReader:
     ) -> None:
         self._vocab_size = vocabulary.vocab_size
         self._detokenizer = Detokenizer(vocabulary)
-        self._stops = StopStrings(stop)
+        self._stops, self._may_stop = StopStrings(stop), any(stop)
         self._prompt_tokens = prompt_tokens
         self._text: list[str] = []
         self._tokens: list[int] = []
@@ -140,10 +140,11 @@ class AnswerReader:
                 hint="The model file and its tokenizer may be from different models: convert again.",
             )
         self._tokens.append(event.token_id)
-        text = self._stops.push(self._detokenizer.push(event.token_id))
+        text = self._detokenizer.push(event.token_id)
+        if self._may_stop:
+            text = self._stops.push(text)
+            self.done = self._stops.found is not None
         self._text.append(text)
-        if self._stops.found is not None:
-            self.done = True
         return text
 
     def _flush(self) -> str:

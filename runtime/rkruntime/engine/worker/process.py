@@ -15,6 +15,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -51,6 +52,8 @@ SMALL_READ: Final = 1 << 12
 _LARGE_READ: Final = 1 << 20
 _HEAD: Final = protocol.RECORD.size
 _unpack: Final = protocol.RECORD.unpack_from
+# As Record(...), without a function of Python's.
+_record: Final[Callable[[tuple[int, int, int, int, bytes]], Record]] = partial(tuple.__new__, Record)
 # Maps the limit of a wait in seconds, and its end (time.monotonic()), to those that now apply.
 Limiting: TypeAlias = Callable[[float, float], tuple[float, float]]
 # Processes of workers that were dropped without `close` and had not yet exited at the last check.
@@ -184,7 +187,7 @@ class WorkerProcess:
                 return None
             self._head, self._at = None, end
             if self._wanted:
-                return Record(kind, batch, run, value, self._buffer[start:end])
+                return _record((kind, batch, run, value, self._buffer[start:end]))
         return None
 
     def receive(self) -> int:
@@ -195,8 +198,11 @@ class WorkerProcess:
         Returns:
             The number of bytes. Raises WorkerCrashedError if the worker has exited.
         """
-        size = min(max(self._missing, SMALL_READ), _LARGE_READ)
-        size = size if self._left is None else min(size, self._left)
+        if self._missing > SMALL_READ or self._left is not None:
+            size = min(max(self._missing, SMALL_READ), _LARGE_READ)
+            size = size if self._left is None else min(size, self._left)
+        else:
+            size = SMALL_READ
         try:
             self._parts.extend(map(os.read, (self._records,), (size,)))  # one call, unlike append(os.read(...))
         except BlockingIOError:
@@ -205,6 +211,13 @@ class WorkerProcess:
             raise self.crashed() from None
         except OSError:  # closed by another thread
             raise self.crashed() from None
+        parts, end = self._parts, len(self._buffer)
+        count = 0 if len(parts) != 1 or self._counted else len(parts[0])
+        if count and self._parts is parts and self._at == end and self._missing <= count and self._left is None:
+            # As `_join`, for what is mostly read: a token, when nothing else is left. From the check on, there is no
+            # call, and so no signal's handler.
+            self._buffer, self._at, self._missing, self._parts = parts[0], 0, self._missing - count, []
+            return count
         last = self._parts[-1:]  # empty if a signal's handler has read meanwhile
         self._join()
         if last == [b""]:

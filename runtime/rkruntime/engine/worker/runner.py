@@ -131,6 +131,7 @@ class Runner:
             raise UnsupportedCallError("Pausing a run requires release 1.2.1 or later.")
         self._limit = header["limit"]
         self._counts = [0] * len(header["prompts"])
+        self._single = self._mode == "generate" and len(self._counts) == 1
         self._ended = [None] * len(header["prompts"])
         self._aborting: threading.Thread | None = None
         self._done = threading.Event()
@@ -172,19 +173,17 @@ class Runner:
     def on_result(self, results: Any, state: int) -> int:
         """Handle a call of the library's result callback."""
         try:
-            return self._on_state(results, state)
+            self._heard = True
+            if state not in self._tokens:
+                return self._on_state(results, state)
+            if self._finished:
+                self._check_goes_on()
+            return self._on_token(results[0]) if self._single else self._on_results(results)
         except BaseException:
             self._failed = True
             raise
 
     def _on_state(self, results: Any, state: int) -> int:
-        self._heard = True
-        if state in self._tokens:
-            if self._finished:
-                self._check_goes_on()
-            if self._mode == "generate" and len(self._counts) == 1:
-                return self._on_token(results[0])
-            return self._on_results(results)
         if state == self._hidden:
             return self._on_results(results)
         if state not in (self._finish, self._error):
