@@ -11,6 +11,7 @@ import re
 import resource
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
@@ -198,7 +199,7 @@ def _reclaimable(root: Place) -> int:
 def kills_for_memory(root: Path = ROOT) -> int | None:
     """Count the processes that the kernel has killed for lack of memory since boot; None if unknown."""
     try:
-        with (root / "proc/vmstat").open("rb", buffering=0) as file:  # read before every run, so without decoding it
+        with FileIO(f"{root}/proc/vmstat") as file:  # read before every run, so without decoding it
             found = re.search(rb"\noom_kill (\d+)\n", file.read())
     except OSError:
         return None

@@ -122,11 +122,13 @@ class TcpDoor:
     def peer(self, connection: socket.socket) -> str:
         """Return the client's address or /64 network, since a host with one IPv6 address has 2^64 of them."""
         try:
-            address = ipaddress.ip_address(connection.getpeername()[0].partition("%")[0])
+            address: str = connection.getpeername()[0]
+            if connection.family == socket.AF_INET:
+                return address
+            return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
         except (OSError, ValueError):
             # The client is gone already.
             return ""
-        return str(ipaddress.ip_network((address, 64 if address.version == 6 else 32), strict=False))
 
     async def user(self, peer: Hashable, headers: Headers) -> User:
         """Return the user of the key. Raises BodyError for a missing or wrong key, or if another user is named."""
@@ -191,7 +193,7 @@ def check_page(headers: Headers, *, any_host: bool, target: str | None = None, o
         BodyError: The request is refused (403), or its body's type is (415).
     """
     host = headers.get("host", "").lower()
-    for name in map(_host, (host, host if target is None else target)):
+    for name in dict.fromkeys(map(_host, (host, host if target is None else target))):
         if not any_host and not is_loopback(name):
             raise refused(403, "host", f"This daemon does not answer to the name {name[:80]!r}.", _OTHER_NAME)
     own, given = {f"http://{host}", f"https://{host}"}, headers.getlist("origin")

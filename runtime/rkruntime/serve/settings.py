@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -283,6 +284,7 @@ def state_folder(kind: Literal["state", "cache"]) -> Path:
     return Path(given) if given else own_folder(kind)
 
 
+@lru_cache(maxsize=8)  # each request names a host
 def is_loopback(host: str) -> bool:
     """Whether `host` cannot be reached from another machine. Names are case-insensitive and may end with a dot."""
     try:

@@ -101,3 +101,5 @@ def log_to_stderr(level: str) -> None:
     # uvicorn warns about every request that is not HTTP, and anyone can send those endlessly.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("rkedge").setLevel(level.upper())
+    # No line names these, and each would be looked up for each line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

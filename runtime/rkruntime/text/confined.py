@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -30,6 +31,7 @@ from rkruntime.words import counted
 
 _SIZES: Final = struct.Struct("<II")
 _MAX_MESSAGE: Final = 1 << 28
+_PART: Final = 1 << 16
 # Characters of a message that is encoded at once.
 _SMALL: Final = 1 << 12
 # Errors of a child that its parent raises again, by name.
@@ -121,8 +123,8 @@ class Confined:
                 self._start()
             self._answering = True
             try:
-                _send(self._socket, _encoded({**values, "call": name, "cpu_s": limits.cpu_s}), data, self._left)
-                header, data = _receive(self._socket, self._left)
+                _send(self._socket, _encoded({**values, "call": name, "cpu_s": limits.cpu_s}), data, self._check_time)
+                header, data = _receive(self._socket, self._check_time)
                 self._answering = False
             except TimeoutError:
                 self._end()
@@ -154,15 +156,14 @@ class Confined:
             self._end()
         self.take_time()
 
-    def _left(self) -> float:
-        """Return the seconds until the deadline must be checked again. Raises TimeoutError after it."""
-        left = min(self._deadline, self._hurried) - time.monotonic()
-        if left <= 0:
+    def _check_time(self) -> None:
+        """Raise TimeoutError after the deadline. Called at least every _SLICE seconds."""
+        if time.monotonic() >= min(self._deadline, self._hurried):
             raise TimeoutError
-        return min(left, _SLICE)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
+        ours.settimeout(_SLICE)
         log = os.memfd_create("rkedge")
         paths = [path for path in sys.path if path.startswith("/")]
         command = [sys.executable, "-I", "-S", "-B", "-c", _START, json.dumps(paths), self._module]
@@ -246,14 +247,12 @@ def _kill(process: subprocess.Popen[bytes], one: socket.socket, log: int, owner:
     return code, printed
 
 
-def _send(one: socket.socket, text: bytes, data: bytes, left: Callable[[], float | None]) -> None:
+def _send(one: socket.socket, text: bytes, data: bytes, check_time: Callable[[], None]) -> None:
     view = memoryview(_SIZES.pack(len(text), len(data)) + text + data)
     while view:
-        one.settimeout(left())
-        try:
+        check_time()
+        with suppress(TimeoutError):
             view = view[one.send(view) :]
-        except TimeoutError:
-            continue
 
 
 def _encoded(header: Mapping[str, Any]) -> bytes:
@@ -278,29 +277,35 @@ def _room(value: Any, room: int) -> int:
     return room
 
 
-def _receive(one: socket.socket, left: Callable[[], float | None]) -> Answer:
-    """Receive the next message. Raises EOFError if the other end is closed, ValueError if it is malformed."""
-    text_size, data_size = _SIZES.unpack(_read(one, _SIZES.size, left))
-    if text_size + data_size > _MAX_MESSAGE:
+def _receive(one: socket.socket, check_time: Callable[[], None]) -> Answer:
+    """Receive the next message, which nothing follows until it is answered.
+
+    Raises EOFError if the other end is closed, ValueError if the message is malformed.
+    """
+    received = _read(one, _SIZES.size, check_time)
+    text_size, data_size = _SIZES.unpack_from(received)
+    start, size = _SIZES.size + text_size, _SIZES.size + text_size + data_size
+    if size > _MAX_MESSAGE:
         raise ValueError
-    header = json.loads(_read(one, text_size, left))
-    if not isinstance(header, dict):
+    if len(received) < size:
+        received += _read(one, size - len(received), check_time)
+    header = json.loads(received[_SIZES.size : start])
+    if not isinstance(header, dict) or len(received) > size:
         raise ValueError
-    return header, _read(one, data_size, left)
+    return header, received[start:]
 
 
-def _read(one: socket.socket, size: int, left: Callable[[], float | None]) -> bytes:
-    parts = []
-    while size:
-        one.settimeout(left())
-        try:
-            part = one.recv(min(size, 1 << 20))
-        except TimeoutError:
-            continue
-        if not part:
-            raise EOFError
-        parts.append(part)
-        size -= len(part)
+def _read(one: socket.socket, least: int, check_time: Callable[[], None]) -> bytes:
+    """Return at least so many bytes, and what else has come with them."""
+    parts: list[bytes] = []
+    while least > 0:
+        check_time()
+        with suppress(TimeoutError):
+            part = one.recv(_PART)
+            if not part:
+                raise EOFError
+            parts.append(part)
+            least -= len(part)
     return b"".join(parts)
 
 
@@ -314,7 +319,7 @@ def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) ->
     parent = socket.socket(fileno=0)
     while True:
         try:
-            header, data = _receive(parent, lambda: None)
+            header, data = _receive(parent, _no_limit)
         except EOFError:
             return
         # The limit counts the CPU time of the whole process, so each call raises it.
@@ -331,7 +336,11 @@ def serve(functions: Mapping[str, Callable[[dict[str, Any], bytes], Answer]]) ->
             raise
         except BaseException as error:  # A panic in tokenizers is not an Exception. Its text may quote a conversation.
             answer, data = _failed(f"{what} failed ({type(error).__name__})"), b""
-        _send(parent, json.dumps(answer).encode(), data, lambda: None)
+        _send(parent, json.dumps(answer).encode(), data, _no_limit)
+
+
+def _no_limit() -> None:
+    return None
 
 
 def _failed(how: str) -> dict[str, Any]:
