@@ -92,6 +92,8 @@ def _hire(
             warnings.simplefilter("ignore", DeprecationWarning)
             process = os.fork()
             if not process:
+                for inherited in (here, *crew):  # as the end of who reads what is sent ends the sending
+                    inherited.close()
                 _serve(there, parent, work, items)
             there.close()
             crew[here] = process
