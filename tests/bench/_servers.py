@@ -20,6 +20,7 @@ from rkboard.emulator import build as emulator
 from rkboard.emulator.abi_header import HEADER, header
 from rkconvert.demo import checkpoint
 from rkruntime import cli
+from rkruntime.text.template import GEMMA
 from rkruntime.text.tokenizer import Tokenizer
 
 SENTENCE = "The RK3588 has an NPU of three cores. "
@@ -111,9 +112,11 @@ def script(folder: Path, count: int, microseconds: int) -> list[str]:
 
 @contextmanager
 def our_daemon(folder: Path | None = None) -> Iterator[Server]:
-    """`rkedge serve` with the library of `folder`, or else with the emulator."""
+    """`rkedge serve` with Gemma 2's own template and the library of `folder`, or else the emulator."""
     with tempfile.TemporaryDirectory() as place:
-        cli.main(["convert", str(checkpoint()), "-q", "-o", f"{place}/canned"])
+        shutil.copytree(checkpoint(), f"{place}/checkpoint")
+        (Path(place) / "checkpoint/chat_template.jinja").write_text(GEMMA)
+        cli.main(["convert", f"{place}/checkpoint", "-q", "-o", f"{place}/canned"])
         library = folder / "librkllmrt.so" if folder else None
         with daemon_of(Path(place), library, RKCANNED=f"{folder}/script") as server:
             yield server
