@@ -79,19 +79,26 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
+def files_hint(error: OSError) -> str | None:
+    """Return the next step if no more files can be opened, else None."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Raise the number of files that may be open: ulimit -n, or LimitNOFILE= in the service's unit."
+    return None
+
+
 def path_hint(error: OSError, path: AnyPath) -> str | None:
-    """Return the next step if the path itself is at fault, else None."""
+    """Return the next step if the path itself is at fault, or no more files can be opened, else None."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "Check the spelling of the path."
     if error.errno == errno.EISDIR:
         return "That is a folder: name a file in it."
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"Its permissions, or those of a folder above it, do not allow it: namei -l {readable(path)}"
-    return None
+    return files_hint(error)
 
 
 def read_error(path: object, error: OSError, kind: type[InputError] = InputError) -> InputError:
-    """Return the error to raise when `path` cannot be read: a `kind` whose hint is about the path, not its content."""
+    """Return the error to raise when `path` cannot be read: a `kind` whose hint is not about the content."""
     shown = readable(str(path))
     return kind(f"{shown} cannot be read: {error.strerror or error}.", hint=path_hint(error, shown))
 

@@ -9,6 +9,7 @@ import pytest
 
 from rkruntime import cli
 from rkruntime.chat.repl import COMMANDS, Repl
+from rkruntime.defects import typed
 from rkruntime.errors import HostError, UsageError
 from rkruntime.folders import own_folder
 
@@ -49,4 +50,4 @@ def test_a_chat_goes_on_after_the_home_folder_of_nobody(command: str) -> None:
 def test_the_home_folder_of_nobody_is_no_defect_anywhere() -> None:
     with pytest.raises(RuntimeError) as caught:
         Path("~nobody-of-this-name/x").expanduser()
-    assert isinstance(cli._typed(caught.value, ()), UsageError)
+    assert isinstance(typed(caught.value), UsageError)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from rkboard.fleet.inventory import Entry
+from rkruntime.defects import typed
 from rkruntime.errors import HostError, RKEdgeError
 
 State = Literal["done", "nothing to do", "failed", "not touched"]
@@ -94,14 +95,6 @@ class Rollout:
         try:
             self._found[entry.name] = Outcome(entry, "done", self._work(entry))
         except Exception as error:  # whatever it is, it belongs into this board's outcome
-            self._found[entry.name] = Outcome(entry, "failed", error=_typed(error))
+            self._found[entry.name] = Outcome(entry, "failed", error=typed(error))
             if self._careful:
                 self._stopped.set()
-
-
-def _typed(error: Exception) -> RKEdgeError:
-    if isinstance(error, RKEdgeError):
-        return error
-    if isinstance(error, OSError):
-        return HostError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
-    return RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")

@@ -145,7 +145,7 @@ def _say_as_json(error: RKEdgeError) -> None:
 
 
 def _typed(error: Exception, closed: Sequence[str]) -> RKEdgeError:
-    """Return the error to show for an exception: few are defects, most concern this machine or its installation.
+    """Return the error to show for an exception.
 
     Args:
         closed: See open_streams.
@@ -156,30 +156,14 @@ def _typed(error: Exception, closed: Sequence[str]) -> RKEdgeError:
         context = error.ctx if isinstance(error, click.UsageError) else None
         path = context.command_path if context else _NAME
         return UsageError(error.format_message(), hint=f"{path} --help shows what there is.")
-    if isinstance(error, ImportError):
-        from rkruntime.packages import import_failed
+    if closed and isinstance(error, OSError) and error.errno == errno.EBADF:
+        return HostError(
+            f"This command was started with {' and '.join(closed)} closed, and needs it.",
+            hint="Leave it open; a file, a pipe or /dev/null will do.",
+        )
+    from rkruntime.defects import typed  # slow to import, and needed only for an error
 
-        return import_failed(error)
-    if isinstance(error, MemoryError):
-        return HostError("There is not enough memory.", hint="Close other programs, or raise the limit (ulimit -v).")
-    if isinstance(error, OSError):
-        from rkruntime.files import path_hint
-
-        if closed and error.errno == errno.EBADF:
-            return HostError(
-                f"This command was started with {' and '.join(closed)} closed, and needs it.",
-                hint="Leave it open; a file, a pipe or /dev/null will do.",
-            )
-        named = error.filename
-        hint = path_hint(error, named) if isinstance(named, str | os.PathLike) else None
-        return HostError(f"{error.strerror or error}{f': {named}' if named else ''}.", hint=hint)
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # as Python 3.10 to 3.12 say it
-        return UsageError(f"{error}.", hint="Name another path: this one leads to itself.")
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # as Path.expanduser says it
-        return UsageError("A path begins with the home folder of a user that this machine does not know.")
-    if isinstance(error, ValueError) and "null byte" in str(error):  # as Python reports it for a path
-        return UsageError("A file name contains the character NUL, which is not allowed.")
-    return RKEdgeError(f"This is a defect of rkedge: {type(error).__name__}: {error}")
+    return typed(error)
 
 
 def _run(words: Sequence[str], flags: Flags) -> int:

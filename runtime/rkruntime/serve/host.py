@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from rkruntime.abi import within
 from rkruntime.bundle.manifest import Bundle, open_bundle
+from rkruntime.defects import is_defect, typed
 from rkruntime.engine.generation import PER_REQUEST, Sampling
 from rkruntime.engine.open import RuntimeOptions, SamplingOptions, default_sampling, find_library
 from rkruntime.engine.worker.encode import PER_RUN_SAMPLING
@@ -111,6 +112,12 @@ def _told(load: asyncio.Task[Model]) -> None:
     """Have asyncio not report a failed load whose client is gone: the host has written it to the log."""
     if not load.cancelled():
         load.exception()
+
+
+def _of_load(error: Exception) -> RKEdgeError:
+    """Return the error that a failed load is: settings that are wrong are nothing that a client has asked for."""
+    found = typed(error)
+    return ServiceError(found.message, hint=found.hint) if isinstance(found, UsageError) else found
 
 
 class Host:
@@ -242,17 +249,17 @@ class Host:
         folder = _folder(settings)
         try:
             model = await in_thread(self._load, replace(settings, bundle=folder), self._stop)
-        except RKEdgeError as error:
-            if self._stop.asked:
+        except Exception as error:  # even a defect of ours must not be met each second, nor end a reload
+            failure = _of_load(error)
+            if is_defect(failure):
+                log.exception("loading %s", self.name)
+            elif self._stop.asked:
                 raise ServiceError(
                     "The daemon is stopping, so it loads no model.", hint="Ask again when it is back."
                 ) from error
-            self._failed(error, _RETRY_S)
-            raise
-        except Exception as error:  # A defect of ours must not be met each second, nor end a reload.
-            log.exception("a defect of rkedge")
-            failure = RKEdgeError(f"{type(error).__name__}: {error}")
             self._failed(failure, _RETRY_S)
+            if failure is error:
+                raise
             raise failure from error
         finally:
             self._loading = None

@@ -20,6 +20,7 @@ from typing import Any, Final, cast
 import uvicorn
 
 from rkruntime.errors import HostError, RKEdgeError, UsageError
+from rkruntime.files import files_hint
 from rkruntime.serve import systemd
 from rkruntime.serve.app import guarded, make_app
 from rkruntime.serve.connections import Connection, Requests
@@ -74,7 +75,7 @@ def unix_socket(path: Path, mode: int) -> socket.socket:
         if isinstance(error, OSError):
             raise HostError(
                 f"The socket {path} cannot be created: {error.strerror or error}.",
-                hint="Choose a writable path with --socket, or start the service with systemctl.",
+                hint=files_hint(error) or "Choose a writable path with --socket, or start the service with systemctl.",
             ) from error
         raise
     return listener
@@ -133,7 +134,8 @@ def tcp_socket(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise HostError(
-            f"Cannot listen on {host} port {port}: {error.strerror or error}.", hint="Choose another --port."
+            f"Cannot listen on {host} port {port}: {error.strerror or error}.",
+            hint=files_hint(error) or "Choose another --port.",
         ) from error
 
 

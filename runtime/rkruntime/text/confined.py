@@ -181,7 +181,7 @@ class Confined:
             os.close(log)
             raise HostError(
                 f"A process for {self._what.lower()} cannot be started: {error.strerror or error}.",
-                hint="Check the limits on processes and memory, and that this Python still exists.",
+                hint="Check that this Python still exists, and the limits on processes, memory and files (ulimit -a).",
             ) from error
         finally:
             theirs.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -13,8 +15,9 @@ from typing import Any
 import pytest
 
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.errors import RKEdgeError, ServiceError, UsageError, WorkerError
+from rkruntime.errors import BundleError, RKEdgeError, ServiceError, UsageError, WorkerError
 from rkruntime.serve import host as host_module
+from rkruntime.serve.api.http import status_of
 from rkruntime.serve.host import Host
 from rkruntime.serve.settings import Settings, read_keys
 
@@ -103,6 +106,32 @@ def test_a_model_that_could_not_be_loaded_is_tried_again(monkeypatch: pytest.Mon
         assert not host.due
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("problem", "defect"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), False),
+        (UsageError("The bundle's max_context is 512."), False),
+        (BundleError("It is damaged."), False),
+        (KeyError("x"), True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_whose_fault_a_failed_load_is(caplog: pytest.LogCaptureFixture, problem: Exception, defect: bool) -> None:
+    """Never the client's, who has only asked a question; and a traceback is for defects alone."""
+    load = Loads()
+    load.problem = problem
+
+    async def main() -> RKEdgeError:
+        with pytest.raises(RKEdgeError) as caught:
+            await Host(Settings(), load).model()
+        return caught.value
+
+    error = asyncio.run(main())
+    assert status_of(error)[0] == 503
+    assert ("defect of rkedge" in error.message) == defect
+    assert any(record.exc_info for record in caplog.records) == defect
 
 
 def test_a_dead_worker_is_noticed_after_a_load_that_failed() -> None:

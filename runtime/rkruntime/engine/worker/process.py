@@ -409,7 +409,7 @@ def _start(
     except OSError as error:
         raise HostError(
             f"The worker process cannot be started: {command[0]}: {error.strerror or error}.",
-            hint="Check the limits on processes and memory, and that this Python still exists.",
+            hint="Check that this Python still exists, and the limits on processes, memory and files (ulimit -a).",
         ) from error
 
 
