@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests.runtime.engine.misbehaviour import collected, delivered
 
@@ -443,6 +443,7 @@ def test_random_bytes_from_a_pipe(pieces: list[bytes]) -> None:
     cuts=st.lists(st.integers(0, 100), max_size=60),
     looks=st.lists(st.booleans(), min_size=1, max_size=7),
 )
+@example(texts=[bytes(5000)] * 30, cuts=[], looks=[False])
 @settings(suppress_health_check=list(HealthCheck))
 def test_records_however_they_are_cut(texts: list[bytes], cuts: list[int], looks: list[bool]) -> None:
     """What was written comes out, whether the reader looks for records after each read or after several."""
@@ -469,13 +470,14 @@ def test_records_however_they_are_cut(texts: list[bytes], cuts: list[int], looks
 
 @contextmanager
 def reading() -> Iterator[tuple[WorkerProcess, int]]:
-    """The reader of a worker that says nothing, and a pipe to write to in its place."""
+    """The reader of a worker that says nothing, and a pipe to write to in its place, as much at once as it holds."""
     worker = WorkerProcess((sys.executable, "-c", "input()"), os.environ)
     read, write = os.pipe()
     try:
         worker.expect(Exchange(3, "generate"))
         os.dup2(read, worker.records_fd)
-        os.set_blocking(worker.records_fd, False)
+        for end in (worker.records_fd, write):
+            os.set_blocking(end, False)
         yield worker, write
     finally:
         os.close(read)
