@@ -71,9 +71,13 @@ async def killer(daemon: Any, end: float, every: float, counts: Counter[str]) ->
     while asyncio.get_running_loop().time() < end:
         await asyncio.sleep(every)
         for worker in daemon.workers():
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, FileNotFoundError):
+                keeper = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
                 os.kill(worker, signal.SIGKILL)
                 counts["kills"] += 1
+                # It outlives its worker. Whoever asks in the instant between gets an error, and so would `settle`.
+                while Path(f"/proc/{keeper}/cmdline").read_bytes():
+                    await asyncio.sleep(0.002)
 
 
 def settle(daemon: Any) -> None:
