@@ -179,7 +179,7 @@ class Runner:
             if self._finished:
                 self._check_goes_on()
             return self._on_token(results[0]) if self._single else self._on_results(results)
-        except BaseException:
+        except BaseException:  # whatever it is, ctypes only prints it, and the run must not pass for a good one
             self._failed = True
             raise
 

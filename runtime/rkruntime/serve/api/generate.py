@@ -152,7 +152,7 @@ async def started_run(request: Request, run: Run) -> StartedRun:
         first = await while_connected(request, run.take())
         if not isinstance(first[0], Started):
             raise stopped()
-    except BaseException:
+    except BaseException:  # even a cancel: nobody else knows of the run
         await run.close()
         raise
     for name in first[0].ignored:
