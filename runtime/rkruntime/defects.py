@@ -17,7 +17,7 @@ def typed(error: Exception) -> RKEdgeError:
         return import_failed(error)
     if isinstance(error, MemoryError):
         return HostError("There is not enough memory.", hint="Close other programs, or raise the limit (ulimit -v).")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # else Python's own, such as a timeout
         return _of_system(error)
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # as Python 3.10 to 3.12 say it
         return UsageError(f"{error}.", hint="Name another path: this one leads to itself.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 from pathlib import Path
@@ -57,7 +58,10 @@ def test_paths_that_no_machine_has(tmp_path: Path) -> None:
     assert not is_defect(typed(raised((tmp_path / "loop").resolve, True)))
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ValueError("x"), AssertionError()])
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("x"), RuntimeError("x"), ValueError("x"), AssertionError(), TimeoutError(), io.UnsupportedOperation("x")],
+)
 def test_what_remains_is_a_defect(error: Exception) -> None:
     found = typed(error)
     assert is_defect(found)

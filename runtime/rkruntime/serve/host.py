@@ -245,9 +245,8 @@ class Host:
 
     async def _load_now(self) -> Model:
         start, settings = time.monotonic(), self.settings
-        # A link may change at any time, during the load too.
-        folder = _folder(settings)
         try:
+            folder = _folder(settings)  # a link may change at any time, during the load too
             model = await in_thread(self._load, replace(settings, bundle=folder), self._stop)
         except Exception as error:  # even a defect of ours must not be met each second, nor end a reload
             failure = _of_load(error)

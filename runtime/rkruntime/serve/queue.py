@@ -117,17 +117,14 @@ class FairQueue:
             self._check_room(client)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line.add(client, future)
-        try:
-            await asyncio.wait_for(asyncio.shield(future), None if client == DAEMON else self.wait_s)
-        except asyncio.TimeoutError:
-            if self._given_up(client, future):
-                raise self._refusal(
-                    f"The NPU was busy for {counted(self.wait_s, 'second')}, which is the limit."
-                ) from None
+        try:  # not asyncio.wait_for: before Python 3.12 it loses a cancel that comes with the turn
+            await asyncio.wait({future}, timeout=None if client == DAEMON else self.wait_s)
         except asyncio.CancelledError:
             if not self._given_up(client, future):
                 self._pass_on()
             raise
+        if self._given_up(client, future):
+            raise self._refusal(f"The NPU was busy for {counted(self.wait_s, 'second')}, which is the limit.")
 
     def _check_room(self, client: Client) -> None:
         if len(self) >= self.length:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rkruntime.bundle.manifest import Bundle
-from rkruntime.errors import BundleError, RKEdgeError, ServiceError, UsageError, WorkerError
+from rkruntime.errors import BundleError, HostError, RKEdgeError, ServiceError, UsageError, WorkerError
 from rkruntime.serve import host as host_module
 from rkruntime.serve.api.http import status_of
 from rkruntime.serve.host import Host
@@ -132,6 +132,25 @@ def test_whose_fault_a_failed_load_is(caplog: pytest.LogCaptureFixture, problem:
     assert status_of(error)[0] == 503
     assert ("defect of rkedge" in error.message) == defect
     assert any(record.exc_info for record in caplog.records) == defect
+
+
+def test_a_folder_that_is_gone_fails_like_any_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle's relative path, from a folder that somebody has removed."""
+
+    async def main() -> None:
+        here = tmp_path / "here"
+        here.mkdir()
+        monkeypatch.chdir(here)
+        host = Host(Settings(bundle="b"), Loads())
+        here.rmdir()
+        with pytest.raises(HostError, match="No such file or directory"):
+            await host.model()
+        assert host.state == "failed"
+        monkeypatch.chdir(tmp_path)
+        await host.again()
+        assert host.state == "ready"
+
+    asyncio.run(main())
 
 
 def test_a_dead_worker_is_noticed_after_a_load_that_failed() -> None:

@@ -190,3 +190,32 @@ def test_any_mix_of_answers_and_cancels_leaves_it_free(seed: int) -> None:
         assert len(queue) == 0
 
     run(test)
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_cancel_is_not_lost_as_the_turn_comes(turns: int) -> None:
+    async def test() -> None:
+        queue = FairQueue(10, 5)
+        loop, worked = asyncio.get_running_loop(), []
+
+        async def work() -> None:
+            async with queue.turn(client_of("a")):
+                await asyncio.sleep(0.05)
+                worked.append(1)
+
+        def cancel(left: int) -> None:
+            if left:
+                loop.call_soon(cancel, left - 1)
+            else:
+                task.cancel()
+
+        async with queue.turn(client_of("x")):
+            task = asyncio.create_task(work())
+            await asyncio.sleep(0)
+        cancel(turns)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not worked
+        assert not queue.busy
+
+    run(test)
