@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 
 from rkruntime.errors import HostError, RKEdgeError, UsageError
@@ -17,8 +18,8 @@ def typed(error: Exception) -> RKEdgeError:
         return import_failed(error)
     if isinstance(error, MemoryError):
         return HostError("There is not enough memory.", hint="Close other programs, or raise the limit (ulimit -v).")
-    if isinstance(error, OSError) and error.errno is not None:  # else Python's own, such as a timeout
-        return _of_system(error)
+    if isinstance(error, OSError) and str(error) and not isinstance(error, io.UnsupportedOperation):
+        return _of_system(error)  # one without a number is a library's words, such as ctypes' of a missing file
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # as Python 3.10 to 3.12 say it
         return UsageError(f"{error}.", hint="Name another path: this one leads to itself.")
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # as Path.expanduser says it

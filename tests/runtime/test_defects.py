@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import gzip
 import io
 import os
 import resource
@@ -30,6 +32,14 @@ def test_a_machine_that_lacks_something_is_no_defect() -> None:
     for error in (MemoryError(), raised(__import__, "rkedge_has_no_such_module"), OSError(errno.EIO, "the disk")):
         assert isinstance(typed(error), HostError)
         assert not is_defect(typed(error))
+
+
+def test_an_error_that_a_library_raises_without_a_number_keeps_its_words() -> None:
+    for error in (raised(ctypes.CDLL, "librkedge-has-none.so"), raised(gzip.decompress, b"no gzip, and no header")):
+        assert isinstance(error, OSError)
+        assert error.errno is None
+        assert typed(error).message == f"{error}."
+        assert isinstance(typed(error), HostError)
 
 
 def test_the_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
