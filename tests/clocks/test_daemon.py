@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from tests.runtime.serve.conftest import bundles, start_daemon  # noqa: F401
 
 from rkconvert.demo import questions
 from rkruntime.program import own_command
+from rkruntime.serve import clocks
 
 from .chip import BEST, Chip, running, wait_until
 from .test_clocks import as_before
@@ -205,3 +207,35 @@ def test_nobody_is_asked_unless_it_is_set(
     daemon = start_daemon("", PROGRAM, TEST_CLOCKS=str(place))
     assert daemon.ask(FIRST) == QA[FIRST]
     assert unit.connections == 0
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_clocks_that_are_let_go_as_they_are_set(turns: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper's answer that comes in the same turn of the event loop keeps no connection open."""
+    monkeypatch.setattr(clocks, "SOCKET", place)
+
+    async def test() -> None:
+        loop, closed = asyncio.get_running_loop(), asyncio.Event()
+
+        async def keep(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.write(b'{"event": "set"}\n')
+            let_go(turns)
+            with suppress(ConnectionError):  # what we said may be unread
+                await reader.read()
+            writer.close()
+            closed.set()
+
+        def let_go(left: int) -> None:
+            if left:
+                loop.call_soon(let_go, left - 1)
+            else:
+                holder.change(0)
+
+        async with await asyncio.start_unix_server(keep, place):
+            holder = clocks.Clocks(3600)
+            with holder.held():
+                await asyncio.wait({loop.create_task(closed.wait())}, timeout=30)
+            assert closed.is_set()
+
+    asyncio.run(test())

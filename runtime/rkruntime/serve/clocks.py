@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from rkruntime.checks.keeper import SCHEMA, SOCKET
+from rkruntime.serve.cancel import time_limit
 
 # The default request: each clock that the kernel controls, at the highest value that the chip lists within its limits.
 _REQUEST: Final = json.dumps({"schema": SCHEMA}).encode() + b"\n"
@@ -92,14 +93,15 @@ class Clocks:
             return
         try:
             writer.write(_REQUEST)
-            event = _event(await asyncio.wait_for(reader.readline(), _PATIENCE_S))
+            with time_limit(_PATIENCE_S, TimeoutError):
+                event = _event(await reader.readline())
             if event.get("event") != "set":
                 self._failed(str(event.get("message") or "its keeper did not answer")[:_MOST_TEXT])
                 return
             self._say("the clocks are held while answers are computed")
             while await reader.read(_MOST_BYTES):  # the keeper says nothing more, and ends when systemd ends it
                 pass
-        except (OSError, ValueError, asyncio.TimeoutError) as error:
+        except (OSError, ValueError) as error:
             self._failed(f"its keeper did not answer ({type(error).__name__})")
         finally:
             writer.close()

@@ -117,7 +117,7 @@ class FairQueue:
             self._check_room(client)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line.add(client, future)
-        try:  # not asyncio.wait_for: before Python 3.12 it loses a cancel that comes with the turn
+        try:
             await asyncio.wait({future}, timeout=None if client == DAEMON else self.wait_s)
         except asyncio.CancelledError:
             if not self._given_up(client, future):

@@ -49,6 +49,7 @@ from rkruntime.serve.api.last_answer import (
     with_broken,
     without_answer_to,
 )
+from rkruntime.serve.cancel import time_limit
 from rkruntime.serve.run import Outcome, Prompt, Run
 from rkruntime.serve.service import Service
 from rkruntime.serve.sessions import damaged
@@ -281,8 +282,8 @@ class SessionEndpoints:
         """Raise BodyError if an answer that this client does not know of is being written."""
         current = self._runs.get(place)
         if current and "after" in body and current.number not in (body["after"], body.get("id")):
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(current.run.closing.wait(), _GOING_S)
+            with suppress(TimeoutError), time_limit(_GOING_S, TimeoutError):
+                await current.run.closing.wait()
                 return  # the session as it is kept decides
             raise changed_elsewhere()
 
