@@ -141,10 +141,14 @@ def tcp_socket(host: str, port: int) -> socket.socket:
 
 def open_sockets(path: Path, listen: Listen) -> list[socket.socket]:
     """Open the Unix socket at `path`, and TCP if configured. Raises UsageError or HostError."""
-    sockets = [unix_socket(path, int(listen.socket_mode, 8))]
-    if listen.port is not None:
-        sockets.append(tcp_socket(listen.host, listen.port))
-    return sockets
+    # TCP first: if it cannot be opened, no file of the other is left behind.
+    tcp = [] if listen.port is None else [tcp_socket(listen.host, listen.port)]
+    try:
+        return [unix_socket(path, int(listen.socket_mode, 8)), *tcp]
+    except BaseException:
+        for listener in tcp:
+            listener.close()
+        raise
 
 
 def most_connections(wanted: int, listeners: int) -> int:
@@ -268,6 +272,7 @@ class Daemon:
                 path = settings.listen.socket or default_socket()
                 sockets = open_sockets(path, settings.listen)
                 self._own = path, _inode(path)
+                on_error.callback(self._remove_socket)
             self._doors = [door_of(one, keys) for one in sockets]
             on_error.pop_all()
         self._servers: list[_Server] = []

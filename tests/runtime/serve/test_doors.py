@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 
 from rkruntime.chat.attach import UnixConnection
-from rkruntime.errors import UsageError
+from rkruntime.errors import HostError, UsageError
 from rkruntime.serve.doors import door_of
-from rkruntime.serve.server import unix_socket
+from rkruntime.serve.server import open_sockets, unix_socket
+from rkruntime.serve.settings import Listen
 
 from .conftest import acting_as, read_response
 
@@ -386,3 +387,15 @@ def test_a_socket_of_a_daemon_that_accepts_nobody(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="already listens"):
             unix_socket(path, 0o600)
     unix_socket(path, 0o600).close()  # now it is an old one
+
+
+def test_a_port_that_is_taken_leaves_no_socket_behind(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        with pytest.raises(HostError, match="Cannot listen"):
+            open_sockets(path, Listen(port=other.getsockname()[1]))
+        assert not path.exists()
+    path.write_text("")
+    with pytest.raises(UsageError, match="is not a socket"):
+        open_sockets(path, Listen(port=0))
+    assert path.read_text() == ""
