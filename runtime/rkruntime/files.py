@@ -16,6 +16,7 @@ from typing import TypeAlias
 from rkruntime.errors import HostError, InputError, OutputError, UsageError
 
 _BLOCK = 1 << 20  # small enough to be hashed in a core's cache
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of fallocate(2): a file grows as it is written
 # The types that callers may pass as a path; `as_path` checks the value.
 AnyPath: TypeAlias = str | os.PathLike[str]
 
@@ -77,6 +78,17 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
             if progress:
                 progress(count)
     return digest.hexdigest()
+
+
+def set_aside(descriptor: int, nbytes: int) -> None:
+    """Have the file system find room for a new file's `nbytes` at once, not block by block: ext4 writes faster then.
+
+    A file system that cannot is left alone, where os.posix_fallocate would write to each block. Nor is it an error here
+    if there is no room: the writing will say so.
+    """
+    import ctypes  # here, as few programs write large files
+
+    ctypes.CDLL(None).fallocate(descriptor, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(nbytes))
 
 
 def files_hint(error: OSError) -> str | None:

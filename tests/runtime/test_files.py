@@ -13,7 +13,7 @@ from rkruntime.bundle.rkllm_file import read_rkllm
 from rkruntime.engine.engine import Engine
 from rkruntime.engine.loading import LoadOptions, check_readable
 from rkruntime.errors import HostError, OutputError, RKEdgeError
-from rkruntime.files import atomic_file, atomic_folder, open_regular, read_regular, sha256_file, umask
+from rkruntime.files import atomic_file, atomic_folder, open_regular, read_regular, set_aside, sha256_file, umask
 from rkruntime.library.identify import identify, inspect_library
 from rkruntime.text.conversation import read_conversation, write_conversation
 
@@ -169,3 +169,20 @@ def test_what_has_no_end_is_not_read(read: Callable[[Path], object], kind: str, 
             read(path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_room_is_set_aside_where_the_file_system_can(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 1)  # this file system can, or else this test could not tell
+        set_aside(file.fileno(), 1 << 20)
+        state = os.fstat(file.fileno())
+        assert (state.st_size, state.st_blocks * 512 >= 1 << 20) == (1, True)
+        file.write(b"ab")
+    assert (tmp_path / "file").read_bytes() == b"ab"
+    with (tmp_path / "none").open("wb") as file:
+        set_aside(file.fileno(), 1 << 62)  # more than there is anywhere
+        file.write(b"ab")
+    assert (tmp_path / "none").read_bytes() == b"ab"
+    for end in os.pipe():
+        set_aside(end, 1 << 20)
+        os.close(end)

@@ -18,7 +18,7 @@ from rkconvert.tensors.memory_folder import Place, open_file
 from rkconvert.tensors.processes import in_processes
 from rkconvert.tensors.shards import parse_json
 from rkconvert.tensors.weights import TensorInfo, Weights, read_finite, row_blocks
-from rkruntime.files import atomic_file
+from rkruntime.files import atomic_file, set_aside
 
 # Most bytes in a shard: small enough that a kill costs seconds, large enough that 27B has only a few dozen files.
 SHARD_BYTES: Final = 2_000_000_000
@@ -152,6 +152,7 @@ def _write_shard(path: Path, plan: ShardPlan, weights: Weights, step: Advance) -
     header = plan.header()
     checksum = _sum(header)
     with _whole(path) as file:
+        set_aside(file.fileno(), len(header) + plan.nbytes)
         _write(file, memoryview(header))
         for block in plan.blocks():
             data = read_finite(weights, block.tensor, block.first, block.rows).reshape(-1).view(np.uint8).data

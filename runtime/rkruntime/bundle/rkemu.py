@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from rkruntime.errors import ModelFileError
-from rkruntime.files import open_regular
+from rkruntime.files import open_regular, set_aside
 from rkruntime.words import counted
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ class Writer:
         self._data_offset = _align(_HEADER.size + len(self._metadata) + len(self._directory()), PAGE)
         self._file_size = self._data_offset + (0 if sizes_only else end)
         self._file = path.open("wb", buffering=0)
+        set_aside(self._file.fileno(), self._file_size)
 
     def _directory(self) -> bytes:
         return b"".join(
