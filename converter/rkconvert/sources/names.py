@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from rkconvert.tensors.weights import TensorInfo, Weights
@@ -42,7 +43,7 @@ class Renamed:
         """Whether no name changes."""
         return all(plain == name for plain, name in self._names.items())
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by its plain name."""
         return {plain: self._weights.tensors[name] for plain, name in self._names.items()}
